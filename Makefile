@@ -1,0 +1,64 @@
+# `make demo` and `make test` set up .venv by themselves, with uv where it is installed, else with pip.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+# The first Python >= 3.11 that starts. Name another with: make PYTHON=/path/to/python test
+NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
+	"$$p" -c '$(NEW_ENOUGH)' >/dev/null 2>&1 && { echo "$$p"; break; }; done)
+UV ?= $(shell command -v uv)
+
+BIN := .venv/bin
+READY := .venv/ready
+
+.PHONY: help demo test lint notebooks lock clean
+
+help:
+	@echo 'make demo       train the demo into runs/demo and write its report (about 15 minutes)'
+	@echo 'make test       lint, types, import rules, tests'
+	@echo 'make lint       the first three alone'
+	@echo 'make notebooks  run the notebooks'
+	@echo 'make lock       resolve requirements/*.txt anew (needs uv)'
+	@echo 'make clean      remove .venv, caches and build folders; runs/ stays'
+
+demo: $(READY)
+	$(BIN)/m2jax train --config configs/emoji.py --workdir runs/demo
+
+test: lint
+	$(BIN)/python -m pytest -n 2
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/pyright
+
+notebooks: $(READY)
+	$(BIN)/python -m pytest --nbmake -n 0 notebooks
+
+# Written last, so an interrupted set-up starts again; remade when the requirements change.
+$(READY): requirements/dev.txt pyproject.toml
+	@test -n '$(PYTHON)' || { echo 'no Python >= 3.11 found: install one, or name it: make PYTHON=...' >&2; exit 2; }
+	@echo 'setting up .venv: about a minute with pip, seconds with uv'
+	rm -rf .venv
+ifneq ($(UV),)
+	$(UV) venv --quiet --python '$(PYTHON)' .venv
+	$(UV) pip install --quiet --python $(BIN)/python --require-hashes -r requirements/dev.txt
+	$(UV) pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation -e .
+else
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --require-hashes -r requirements/dev.txt
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+endif
+	touch $@
+
+COMPILE := uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes \
+	--no-emit-index-url --no-emit-find-links --custom-compile-command 'make lock' --upgrade --quiet
+
+lock:
+	$(COMPILE) -o requirements/base.txt
+	$(COMPILE) --extra dev -o requirements/dev.txt
+
+clean:
+	rm -rf .venv .cache build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bilingual image-text pretraining in JAX, from a laptop to TPU pods.
+
+The public names below are looked up when they are first used, so ``import m2jax`` loads neither jax
+nor any device.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from m2jax.config import Experiment, UserError, load_config
+    from m2jax.dist.bootstrap import start
+    from m2jax.dist.mesh import make_mesh
+    from m2jax.dist.sharding import AxisRules
+    from m2jax.losses.contrastive import contrastive_loss
+
+__version__ = "0.1.0"
+
+_HOME = {  # public name -> the module that defines it
+    "AxisRules": "m2jax.dist.sharding",
+    "Experiment": "m2jax.config",
+    "UserError": "m2jax.config",
+    "contrastive_loss": "m2jax.losses.contrastive",
+    "load_config": "m2jax.config",
+    "make_mesh": "m2jax.dist.mesh",
+    "start": "m2jax.dist.bootstrap",
+}
+
+__all__ = [
+    "AxisRules",
+    "Experiment",
+    "UserError",
+    "__version__",
+    "contrastive_loss",
+    "load_config",
+    "make_mesh",
+    "start",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports the module of a public name at its first use (PEP 562)."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'm2jax' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

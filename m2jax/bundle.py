@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A trained model with all it takes to use it: parameters, tokenizer, preprocessing.
+
+``load`` never returns random weights; only ``create_model`` may.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
+from PIL import Image
+
+from m2jax import config as config_lib
+from m2jax.checkpoint import manager
+from m2jax.config import UserError
+from m2jax.data.image import Preprocess
+from m2jax.data.text import SentencePieceTokenizer, Tokens, tokenizer_from_dict
+from m2jax.dist.sharding import AxisRules
+from m2jax.models import params as params_lib
+from m2jax.models.m2 import M2Encoder
+from m2jax.models.params import Params
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A dual encoder, ready to use."""
+
+    config: config_lib.Model
+    graph: nnx.GraphDef
+    params: Params
+    tokenizer: SentencePieceTokenizer
+    preprocessing: Preprocess
+
+    @property
+    def model(self) -> M2Encoder:
+        """The module itself, for what the methods below do not offer."""
+        return params_lib.bind(self.graph, self.params)
+
+    def encode_image(
+        self, pixels: Float[Array, "batch height width 3"] | Float[np.ndarray, "batch h w 3"]
+    ) -> Float[Array, "batch dim"]:
+        """Features of RGB images in [0, 1]; unit rows."""
+        return _image_features(self.graph, self.params, jnp.asarray(pixels))
+
+    def encode_text(
+        self,
+        ids: Int[Array, "batch length"] | Int[np.ndarray, "batch length"],
+        mask: Bool[Array, "batch length"] | Bool[np.ndarray, "batch length"],
+    ) -> Float[Array, "batch dim"]:
+        """Features of token ids (mask: 1 for tokens, 0 for padding); unit rows."""
+        return _text_features(self.graph, self.params, jnp.asarray(ids), jnp.asarray(mask))
+
+    def tokenize(self, texts: Sequence[str]) -> Tokens:
+        """Token ids and mask of texts, ready for ``encode_text``."""
+        return self.tokenizer(texts)
+
+    def preprocess(self, images: Sequence[Image.Image]) -> Float[np.ndarray, "batch size size 3"]:
+        """Pixels of PIL images, ready for ``encode_image``."""
+        return self.preprocessing(images)
+
+    def logits(
+        self,
+        image_features: Float[Array, "images dim"],
+        text_features: Float[Array, "texts dim"],
+    ) -> Float[Array, "images texts"]:
+        """Cosines times exp(logit_scale), as the release's demo has it (spec section 6)."""
+        return jnp.exp(self.params["logit_scale"]) * (image_features @ text_features.T)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _image_features(graph: nnx.GraphDef, params: Params, pixels: jax.Array) -> jax.Array:
+    return params_lib.bind(graph, params).encode_image(pixels).features
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _text_features(
+    graph: nnx.GraphDef, params: Params, ids: jax.Array, mask: jax.Array
+) -> jax.Array:
+    return params_lib.bind(graph, params).encode_text(ids, mask).features
+
+
+def load(
+    path: str | os.PathLike[str], *, dtype: str = "float32", mesh: Mesh | None = None
+) -> Bundle:
+    """Loads a trained model.
+
+    Args:
+        path: a work directory (its newest checkpoint is taken) or one checkpoint folder.
+        dtype: precision of the computation; parameters keep theirs.
+        mesh: where the parameters are laid out by the usual rules; one device if not given.
+
+    Raises:
+        UserError: there is no such directory, or nothing readable in it.
+    """
+    directory = Path(path)
+    if not directory.is_dir():
+        raise UserError(f"{directory}: no such directory: name a work directory or a checkpoint")
+    checkpoint = directory if (directory / "bundle").is_dir() else manager.newest(directory)
+    saved = manager.read_bundle(checkpoint)
+    model = dataclasses.replace(saved.experiment.model, dtype=dtype)
+    abstract = params_lib.abstract(model)
+    place = (
+        jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), abstract.params)
+        if mesh is None
+        else params_lib.shardings(abstract, mesh, AxisRules())
+    )
+    shapes = jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        abstract.params,
+        place,
+    )
+    return Bundle(
+        model,
+        abstract.graph,
+        manager.read_params(checkpoint.absolute(), shapes),
+        tokenizer_from_dict(saved.assets["tokenizer"]),
+        Preprocess(**saved.assets["preprocess"]),
+    )
+
+
+def list_models() -> list[str]:
+    """Names of the architectures ``create_model`` knows."""
+    return list(config_lib.ARCHITECTURES)
+
+
+def create_model(name: str, *, seed: int = 0, **overrides: object) -> M2Encoder:
+    """A model with random weights, for training from scratch or for looking at.
+
+    Args:
+        name: one of ``list_models()``.
+        seed: of the initial values.
+        **overrides: fields of ``config.Model``.
+
+    Raises:
+        UserError: an unknown name or sizes that do not fit together.
+    """
+    cfg = config_lib.resolve(config_lib.Model(name=name, **overrides))  # type: ignore[arg-type]
+    abstract = params_lib.abstract(cfg)
+    return params_lib.bind(abstract.graph, params_lib.initialise(cfg, jax.random.key(seed)))

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``m2jax train``: one run from its config; started again, it goes on where it stopped."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def add_parser(subparsers: Any) -> None:
+    """Declares the verb."""
+    parser = subparsers.add_parser(
+        "train",
+        help="train a model",
+        description="Trains into a work directory. A run that was cut off resumes.",
+        epilog="--config.KEY.SUB=VALUE changes one setting, for example --config.train.steps=100",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE.py[:ARG]|NAME",
+        help="the experiment: a file, or the name of one that ships with m2jax",
+    )
+    parser.add_argument(
+        "--workdir", required=True, type=Path, help="where checkpoints, metrics and the report go"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Trains."""
+    from m2jax.config import load_config
+    from m2jax.dist.bootstrap import start
+    from m2jax.train import main
+
+    experiment = load_config(args.config, args.overrides)
+    main.use_cpu_devices(experiment)
+    start()
+    main.run(experiment, args.workdir)
+    return 0

@@ -1,0 +1,408 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every knob of an experiment, declared once: type, default, meaning, unit.
+
+At the edge an experiment is a locked ``ml_collections.ConfigDict`` (so that files and the command
+line can edit it and a misspelt key fails with a suggestion); inside the library it is the frozen
+dataclass ``Experiment``. ``load_config`` takes the first to the second. No default is ``None``:
+such a field could not be overridden from the command line. This module never imports jax.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+
+class UserError(Exception):
+    """Bad input. The message is one line: what is wrong, where, how to mend it (exit code 2)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """An M2-Encoder. Sizes left at 0 are those of the architecture called ``name``."""
+
+    name: str = "m2-encoder-demo"  # a row of ARCHITECTURES
+    width: int = 0  # D, of both modalities
+    heads: int = 0
+    backbone_layers: int = 0  # image and text tokens apart, A and B weights
+    vl_layers: int = 0  # on top; the published forward takes A weights for both
+    out_dim: int = 0  # of the features
+    image_size: int = 0  # pixels, square
+    patch_size: int = 0  # pixels
+    vocab_size: int = 0  # rows of the token table as checkpoints see it
+    max_text_len: int = 0  # tokens, [CLS] and end included
+    text_positions: int = 1024  # rows of the text position table
+    init: str = "torch"  # torch (the release's, spec section 8) | scaled (0.02-like, trains faster)
+    dtype: str = "bfloat16"  # of activations; normalisation, softmax and losses are >= float32
+    param_dtype: str = "float32"
+    drop_path: float = 0.0  # share of residual branches dropped in training, rising with depth
+    patch_drop: float = 0.0  # share of image patches dropped in training (FLIP)
+    remat: str = "none"  # none | full | dots: what the backward pass recomputes
+    unroll: int = 1  # layers per iteration of the scan; >= the depth unrolls it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augment:
+    """Random changes to training images, made on the device. Strengths of 0 switch a change off."""
+
+    scale: float = 0.0  # size factor drawn from [1 - scale, 1 + scale]
+    stretch: float = 0.0  # aspect factor drawn from [1 - stretch, 1 + stretch]
+    shift: float = 0.0  # share of the side, each way
+    rotate: float = 0.0  # degrees, each way
+    flip: float = 0.0  # probability of a mirror image
+    background: float = 0.0  # probability of a random colour behind a transparent drawing
+    brightness: float = 0.0  # added, share of the range
+    contrast: float = 0.0  # factor from [1 - contrast, 1 + contrast]
+    saturation: float = 0.0  # factor from [1 - saturation, 1 + saturation]
+    hue: float = 0.0  # degrees, each way, about the grey axis
+    grey: float = 0.0  # probability of a grey image
+    erase: float = 0.0  # probability that one rectangle is painted over
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Where samples come from and how they become batches."""
+
+    name: str = "emoji"
+    dir: str = ""  # built data sets; "" is $M2JAX_DATA, else ~/.cache/m2jax
+    batch_size: int = 256  # image-text pairs per step, over all devices
+    views: int = 1  # drawings of one concept in a batch; the texts are shared between them
+    languages: tuple[str, ...] = ("en", "zh")
+    keywords: float = 0.0  # probability that a keyword stands for, or beside, the name
+    hold_out_styles: tuple[str, ...] = ()  # kept out of training for tuning; they become validation
+    prefetch: int = 2  # batches prepared ahead of the step
+    augment: Augment = field(default_factory=Augment)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mesh:
+    """Devices per mesh axis; one of them may be -1: what is left over."""
+
+    replica: int = 1  # slices joined by the data-center network
+    data: int = -1
+    fsdp: int = 1
+    model: int = 1
+    cpu_devices: int = 0  # virtual devices made of a CPU host that has no accelerator; 0: one
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    """Optimiser and schedule."""
+
+    name: str = "adamw"  # adamw | adafactor | lion | muon
+    learning_rate: float = 1e-3  # at the peak
+    warmup_steps: int = 100
+    schedule: str = "cosine"  # cosine | linear | constant, after the warm-up
+    end_factor: float = 0.0  # last learning rate / peak
+    b1: float = 0.9
+    b2: float = 0.98
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # on matrices alone: never scales, biases, norms
+    clip_norm: float = 1.0  # of the global gradient; 0 switches clipping off
+    adam_factor: float = 1.0  # muon: learning rate of the non-matrix parameters / learning_rate
+    ema: float = 0.0  # decay of the averaged parameters that evaluation uses; 0: none
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contrastive:
+    """Image-text contrast (ITC)."""
+
+    impl: str = "dense"  # how the reduction over devices is done
+    backbone_weight: float = 0.5  # of the loss on backbone features; 1 - it is on the vl features
+    text_text: float = 0.0  # weight of the contrast between the first two languages
+    image_image: float = (
+        0.0  # weight of the contrast between two drawings of a concept (views >= 2)
+    )
+    label_smoothing: float = 0.0
+    scale_init: float = 14.285714  # 1 / 0.07, multiplies the cosines
+    scale_max: float = 100.0  # ceiling of the learned scale
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """The objectives of the run."""
+
+    contrastive: Contrastive = field(default_factory=Contrastive)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guard:
+    """Loss spikes: a step whose loss or gradient norm jumps is skipped; many in a row rewind."""
+
+    factor: float = (
+        0.0  # skip when the gradient norm exceeds factor x its running mean; 0: only NaN
+    )
+    patience: int = 10  # skipped steps in a row before a rewind to the last checkpoint
+    rewinds: int = 3  # rewinds before the run gives up
+    warmup_steps: int = 50  # steps before the running mean is trusted
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """The loop."""
+
+    steps: int = 1000
+    log_every: int = 10  # steps between rows of metrics.jsonl
+    seed: int = 0
+    guard: Guard = field(default_factory=Guard)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """What survives."""
+
+    every: int = 500  # steps between saves; the last step is always saved
+    keep: int = 2  # newest checkpoints kept
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval:
+    """What is scored, and when."""
+
+    suite: str = "emoji"  # "" scores nothing
+    every: int = 0  # steps between scores of the validation slice; 0: never
+    batch_size: int = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """One run, whole."""
+
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    mesh: Mesh = field(default_factory=Mesh)
+    optim: Optim = field(default_factory=Optim)
+    loss: Loss = field(default_factory=Loss)
+    train: Train = field(default_factory=Train)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    eval: Eval = field(default_factory=Eval)
+
+
+def _m2(width: int, heads: int, layers: int, out: int) -> dict[str, int]:
+    """Sizes of one published M2-Encoder (spec section 1)."""
+    return {
+        "width": width,
+        "heads": heads,
+        "backbone_layers": layers,
+        "vl_layers": 3,
+        "out_dim": out,
+        "image_size": 224,
+        "patch_size": 16,
+        "vocab_size": 115_244,
+        "max_text_len": 52,
+    }
+
+
+ARCHITECTURES: Mapping[str, Mapping[str, int]] = types.MappingProxyType(
+    {
+        "m2-encoder-0.4b": _m2(768, 12, 9, 768),
+        "m2-encoder-1b": _m2(1024, 16, 21, 1024),
+        "m2-encoder-10b": _m2(4096, 32, 21, 1024),
+        "m2-encoder-demo": {
+            "width": 192,
+            "heads": 3,
+            "backbone_layers": 2,
+            "vl_layers": 1,
+            "out_dim": 128,
+            "image_size": 32,
+            "patch_size": 8,
+            "vocab_size": 4000,
+            "max_text_len": 12,
+        },
+    }
+)
+
+SIZES = tuple(ARCHITECTURES["m2-encoder-demo"])  # what must agree for parameters to fit
+
+
+def resolve(model: Model) -> Model:
+    """Fills the sizes left at 0 from the named architecture, and checks that they fit together."""
+    if model.name not in ARCHITECTURES:
+        raise UserError(
+            f"model.name={model.name!r}: no such architecture: "
+            f"use one of {', '.join(ARCHITECTURES)}"
+        )
+    named = {k: v for k, v in ARCHITECTURES[model.name].items() if not getattr(model, k)}
+    model = dataclasses.replace(model, **named)
+    if model.width % model.heads:
+        raise UserError(
+            f"model.width={model.width}: not a multiple of model.heads={model.heads}: change one"
+        )
+    if model.image_size % model.patch_size:
+        raise UserError(
+            f"model.image_size={model.image_size}: not a multiple of "
+            f"model.patch_size={model.patch_size}: change one"
+        )
+    return model
+
+
+def as_config_dict(experiment: Experiment | None = None) -> ConfigDict:
+    """The editable form of an experiment (the default one if none is given), locked."""
+    return ConfigDict(dataclasses.asdict(experiment or Experiment()), type_safe=True).lock()
+
+
+def build(config: ConfigDict) -> Experiment:
+    """The frozen form of an edited config, with the model's sizes resolved.
+
+    Raises:
+        UserError: a value is out of its choices or sizes do not fit together.
+    """
+    experiment = _dataclass(Experiment, config.to_dict(), "config")
+    return dataclasses.replace(experiment, model=resolve(experiment.model))
+
+
+def load_config(spec: str, overrides: Sequence[str] = ()) -> Experiment:
+    """Reads a config file and applies overrides.
+
+    Args:
+        spec: ``FILE.py`` or ``FILE.py:ARG``; the file defines ``get_config(arg="")`` and returns a
+            ``ConfigDict`` that began as ``as_config_dict()``. A ``.json`` file is a saved run's.
+        overrides: ``key.sub=value`` strings, values in Python's literal form or plain text.
+
+    Raises:
+        UserError: no such file, a misspelt key, or a value of the wrong type.
+    """
+    path, _, arg = spec.partition(":")
+    file = find_config(path)
+    if file.suffix == ".json":
+        config = as_config_dict(from_json(file.read_text(), str(file)))
+    else:
+        config = _run_file(file, arg)
+    for item in overrides:
+        key, equals, text = item.partition("=")
+        if not equals:
+            raise UserError(f"--config.{item}: no value: write --config.{item}=VALUE")
+        _override(config, key, text)
+    return build(config)
+
+
+def find_config(name: str) -> Path:
+    """The file a config is named by: a path, or the bare name of one that ships with m2jax."""
+    shipped = Path(__file__).parent.parent / "configs"
+    if not shipped.is_dir():
+        shipped = Path(__file__).parent / "_configs"
+    for candidate in (Path(name), shipped / f"{name}.py", shipped / Path(name).name):
+        if candidate.is_file() and candidate.suffix in (".py", ".json"):
+            return candidate
+    names = ", ".join(sorted(p.stem for p in shipped.glob("*.py")))
+    raise UserError(f"--config {name}: no such config file: give a path or one of {names}")
+
+
+def to_json(experiment: Experiment) -> str:
+    """The text kept as ``config.json`` beside every checkpoint."""
+    return json.dumps(dataclasses.asdict(experiment), indent=1, sort_keys=True) + "\n"
+
+
+def from_json(text: str, where: str = "config.json") -> Experiment:
+    """Inverse of ``to_json``; ``where`` names the source in errors."""
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{where}: not a JSON file ({error}): restore it from a backup") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: holds no JSON object: restore it from a backup")
+    return _dataclass(Experiment, values, where)
+
+
+def _run_file(file: Path, arg: str) -> ConfigDict:
+    """Executes a config file. It is code of the user's own, so it runs with the user's rights."""
+    module_spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert module_spec is not None
+    assert module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+        config = module.get_config(arg) if arg else module.get_config()
+    except (KeyError, AttributeError, TypeError, SyntaxError, ValueError, ImportError) as error:
+        reason = " ".join(str(a) for a in error.args[:1]).replace("\n", " ")
+        raise UserError(
+            f"{file}: {type(error).__name__}: {reason}: mend the config file"
+        ) from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"{file}: get_config returned no ConfigDict: start from as_config_dict()")
+    return config
+
+
+def _override(config: ConfigDict, key: str, text: str) -> None:
+    """Sets one dotted key from the command line, by the type its default has."""
+    *parents, last = key.split(".")
+    where = f"--config.{key}={text}"
+    node: Any = config
+    try:
+        for parent in parents:
+            node = node[parent]
+        current = node[last]
+    except (KeyError, TypeError, AttributeError) as error:
+        hint = str(error.args[0]).replace("\n", " ").strip('"') if error.args else ""
+        raise UserError(f"{where}: no such key: {hint}") from None
+    node[last] = _parse(current, text, where)
+
+
+def _parse(current: Any, text: str, where: str) -> Any:
+    """A command-line value in the type of the value it replaces."""
+    wanted = type(current).__name__
+    try:
+        if isinstance(current, bool):
+            return {"true": True, "false": False}[text.lower()]
+        if isinstance(current, int):
+            return int(text)
+        if isinstance(current, float):
+            return float(text)
+        if isinstance(current, str):
+            return text
+        if isinstance(current, (tuple, list)):
+            return tuple(part for part in text.strip("()").replace("'", "").split(",") if part)
+    except (ValueError, KeyError):
+        raise UserError(f"{where}: not of type {wanted}: give a value like {current!r}") from None
+    raise UserError(f"{where}: this is a group of keys: name one key inside it")
+
+
+_CHOICES: Mapping[tuple[type, str], tuple[str, ...]] = types.MappingProxyType(
+    {
+        (Model, "init"): ("torch", "scaled"),
+        (Model, "dtype"): ("bfloat16", "float32", "float64"),
+        (Model, "param_dtype"): ("bfloat16", "float32", "float64"),
+        (Model, "remat"): ("none", "full", "dots"),
+        (Optim, "name"): ("adamw", "adafactor", "lion", "muon"),
+        (Optim, "schedule"): ("cosine", "linear", "constant"),
+        (Contrastive, "impl"): ("dense",),
+    }
+)
+
+
+def _dataclass(cls: type, values: Any, where: str) -> Any:
+    """Builds a config dataclass from nested mappings, refusing what does not fit."""
+    if not isinstance(values, Mapping):
+        raise UserError(f"{where}: expected a group of keys, found {type(values).__name__}")
+    hints = typing.get_type_hints(cls)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise UserError(f"{where}.{unknown[0]}: no such key: use one of {', '.join(hints)}")
+    built = {k: _value(cls, k, hints[k], v, f"{where}.{k}") for k, v in values.items()}
+    return cls(**built)
+
+
+def _value(cls: type, key: str, hint: Any, value: Any, where: str) -> Any:
+    """One field's value, checked against its annotation and its choices."""
+    if dataclasses.is_dataclass(hint):
+        return _dataclass(typing.cast(type, hint), value, where)
+    kind = typing.get_origin(hint) or hint
+    if kind is tuple and isinstance(value, (list, tuple)):
+        return tuple(value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise UserError(f"{where}={value!r}: not of type {kind.__name__}: mend the config")
+    choices = _CHOICES.get((cls, key))
+    if choices and value not in choices:
+        raise UserError(f"{where}={value!r}: no such choice: use one of {', '.join(choices)}")
+    return value

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bytes to sharded global batches: sources, text, images, loaders and the embedded data set."""

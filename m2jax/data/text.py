@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text to token ids, on the SentencePiece runtime."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import sentencepiece as spm
+from jaxtyping import Bool, Int32
+
+from m2jax.config import UserError
+
+PAD, UNK, CLS, END = 0, 1, 2, 3
+
+
+class Tokens(NamedTuple):
+    """A batch of texts."""
+
+    ids: Int32[np.ndarray, "batch length"]
+    mask: Bool[np.ndarray, "batch length"]  # True for tokens, False for padding
+
+
+class SentencePieceTokenizer:
+    """[CLS] pieces end, padded to ``max_len``; long texts lose their end.
+
+    Args:
+        model: bytes of a SentencePiece model made by ``train_tokenizer``.
+        max_len: tokens per text, [CLS] and end included.
+
+    Raises:
+        UserError: the bytes are no such model.
+    """
+
+    def __init__(self, model: bytes, max_len: int) -> None:
+        self.model, self.max_len = model, max_len
+        try:
+            self._processor = spm.SentencePieceProcessor(model_proto=model)
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise UserError(f"tokenizer: no SentencePiece model ({error}): rebuild it") from error
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of pieces."""
+        return self._processor.vocab_size()
+
+    def __call__(self, texts: Sequence[str]) -> Tokens:
+        """Tokenises texts; any string will do, the empty one included."""
+        ids = np.full((len(texts), self.max_len), PAD, np.int32)
+        mask = np.zeros((len(texts), self.max_len), np.bool_)
+        for row, pieces in enumerate(self._processor.encode(list(texts))):
+            line = [CLS, *pieces[: self.max_len - 2], END]
+            ids[row, : len(line)] = line
+            mask[row, : len(line)] = True
+        return Tokens(ids, mask)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        model = base64.b64encode(self.model).decode()
+        return {"kind": "sentencepiece", "model": model, "max_len": self.max_len}
+
+
+def tokenizer_from_dict(saved: dict[str, Any]) -> SentencePieceTokenizer:
+    """Inverse of ``to_dict``.
+
+    Raises:
+        UserError: an unknown kind or damaged bytes.
+    """
+    if saved.get("kind") != "sentencepiece":
+        raise UserError(f"tokenizer: kind {saved.get('kind')!r} is unknown: update m2jax")
+    try:
+        model = base64.b64decode(saved["model"], validate=True)
+    except (KeyError, ValueError) as error:
+        raise UserError("tokenizer: damaged: use another checkpoint") from error
+    return SentencePieceTokenizer(model, int(saved["max_len"]))
+
+
+def train_tokenizer(lines: Sequence[str], vocab_size: int) -> bytes:
+    """Trains a unigram model (NFKC, lower case) whose first ids are pad, unk, [CLS] and end."""
+    out = io.BytesIO()
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_writer=out,
+        vocab_size=vocab_size,
+        model_type="unigram",
+        normalization_rule_name="nmt_nfkc_cf",
+        character_coverage=1.0,
+        hard_vocab_limit=False,
+        pad_id=PAD,
+        unk_id=UNK,
+        bos_id=CLS,
+        eos_id=END,
+        pad_piece="<pad>",
+        bos_piece="[CLS]",
+        eos_piece="</s>",
+        num_threads=1,
+        minloglevel=2,
+    )
+    return out.getvalue()

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Joins this process to its peers, whatever launched them, and says in one line what it found."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from dataclasses import dataclass
+
+import jax
+
+from m2jax.config import UserError
+from m2jax.dist.launchers import Found, detect
+
+# A process that compiles holds Python's lock for minutes; jax's 100 s would take it for dead.
+HEARTBEAT_TIMEOUT_S = 300
+
+
+@dataclass(frozen=True, kw_only=True)
+class Processes:
+    """This process among its peers."""
+
+    index: int
+    count: int
+    local_devices: int
+    devices: int
+    via: str  # the launcher, as in ``launchers.Found``
+    coordinator: str = ""
+
+    def __str__(self) -> str:
+        line = (
+            f"process {self.index + 1} of {self.count}, {self.local_devices} local of "
+            f"{self.devices} devices ({jax.default_backend()}), via {self.via}"
+        )
+        return f"{line}, coordinator {self.coordinator}" if self.coordinator else line
+
+
+def start(*, quiet: bool = False, timeout_s: int = 300) -> Processes:
+    """Joins the run's processes; call it before anything else touches a device.
+
+    One process needs no coordinator and gets none. A second call returns the same answer.
+
+    Args:
+        quiet: do not print the line.
+        timeout_s: how long to wait for the peers, in seconds.
+
+    Raises:
+        UserError: incomplete launcher variables, a missing package, or peers that do not come.
+    """
+    found = detect(os.environ)
+    if found.via == "single" and _on_tpu_vm():
+        found = Found(via="tpu-vm", ask_jax="gcetpu")
+    if (found.count > 1 or found.ask_jax) and not jax.distributed.is_initialized():
+        _join(found, timeout_s)
+    processes = Processes(
+        index=jax.process_index(),
+        count=jax.process_count(),
+        local_devices=jax.local_device_count(),
+        devices=jax.device_count(),
+        via=found.via,
+        coordinator=found.coordinator,
+    )
+    if not quiet:
+        print(processes, file=sys.stderr, flush=True)
+    return processes
+
+
+def _join(found: Found, timeout_s: int) -> None:
+    """Calls jax's initialisation with what was found."""
+    _check_package(found)
+    proxies = sorted(k for k in os.environ if k.lower() in ("http_proxy", "https_proxy"))
+    if proxies:
+        print(
+            f"warning: {', '.join(proxies)} set: processes may fail to reach the coordinator "
+            "through it: unset it, or add the nodes to no_proxy",
+            file=sys.stderr,
+        )
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    options: dict[str, object] = {"cluster_detection_method": found.ask_jax or "deactivate"}
+    if not found.ask_jax:
+        options |= {
+            "coordinator_address": found.coordinator,
+            "num_processes": found.count,
+            "process_id": found.index,
+            "local_device_ids": list(found.local_devices) or None,
+        }
+    try:
+        jax.distributed.initialize(
+            **options,  # pyright: ignore[reportArgumentType]
+            initialization_timeout=timeout_s,
+            heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S,
+        )
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{found.via}: process {found.index + 1} of {found.count} could not join "
+            f"{found.coordinator or 'the coordinator'} ({reason}): check that process 0 runs there "
+            "and the port is open"
+        ) from error
+
+
+def _check_package(found: Found) -> None:
+    """Refuses early where jax's detector needs a package that is not installed."""
+    package = {"k8s": "kubernetes", "mpi4py": "mpi4py"}.get(found.ask_jax)
+    if package and importlib.util.find_spec(package) is None:
+        extra = {"kubernetes": "m2jax[k8s]", "mpi4py": "m2jax[mpi]"}[package]
+        raise UserError(
+            f"{found.via}: the package {package} is missing: install {extra}, or set "
+            "M2JAX_COORDINATOR, M2JAX_NUM_PROCESSES and M2JAX_PROCESS_ID"
+        )
+
+
+def _on_tpu_vm() -> bool:
+    """Whether this is a Cloud TPU VM: TPU chips, their library, and a metadata server to ask."""
+    chips = any(name.startswith("accel") for name in os.listdir("/dev")) or os.path.isdir(
+        "/dev/vfio"
+    )
+    library = importlib.util.find_spec("libtpu") is not None
+    return chips and library and "TPU_SKIP_MDS_QUERY" not in os.environ

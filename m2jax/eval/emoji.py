@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The emoji suite: drawings in styles the model never saw, named in English and in Chinese.
+
+Zero-shot ranks the names of every concept the style draws, seen and unseen together; the bare name
+is the prompt. Retrieval ranks drawings and names of one part (seen or unseen) against each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import jax
+import numpy as np
+from jaxtyping import Float
+from PIL import Image
+
+from m2jax.data.emoji import Drawings, EmojiData
+from m2jax.eval import metrics as metrics_lib
+
+KS = (1, 5, 10)
+
+
+class Encoder(Protocol):
+    """What is scored: a ``Bundle``, or anything with its methods."""
+
+    def encode_image(self, pixels: np.ndarray) -> jax.Array:
+        """[b, h, w, 3] in [0, 1] -> unit rows."""
+        ...
+
+    def encode_text(self, ids: np.ndarray, mask: np.ndarray) -> jax.Array:
+        """[b, length] -> unit rows."""
+        ...
+
+    def tokenize(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Texts -> ids, mask."""
+        ...
+
+    def preprocess(self, images: Sequence[Image.Image]) -> np.ndarray:
+        """PIL images -> pixels."""
+        ...
+
+
+class Scored(NamedTuple):
+    """One style in one language, kept for the report."""
+
+    style: str
+    language: str
+    drawings: Drawings
+    candidates: np.ndarray  # concept ids, the columns of ``scores``
+    scores: Float[np.ndarray, "drawings candidates"]
+    right: np.ndarray  # bool, as ``scores``
+    seen: np.ndarray  # bool per drawing
+
+
+def image_features(model: Encoder, drawings: Drawings, batch: int) -> np.ndarray:
+    """Features of drawings, through the model's own preprocessing."""
+    pixels = model.preprocess([Image.fromarray(image) for image in drawings.images])
+    return _batched(lambda start, stop: model.encode_image(pixels[start:stop]), len(pixels), batch)
+
+
+def text_features(model: Encoder, texts: Sequence[str], batch: int) -> np.ndarray:
+    """Features of texts."""
+    ids, mask = model.tokenize(texts)
+    return _batched(
+        lambda start, stop: model.encode_text(ids[start:stop], mask[start:stop]), len(texts), batch
+    )
+
+
+def _batched(encode: Callable[[int, int], jax.Array], total: int, batch: int) -> np.ndarray:
+    """Runs equal batches; the last one overlaps the one before, so one shape is compiled."""
+    batch = min(batch, total)
+    parts: list[np.ndarray] = []
+    for start in range(0, total, batch):
+        first = min(start, total - batch)
+        parts.append(np.asarray(encode(first, first + batch))[start - first :])
+    return np.concatenate(parts)
+
+
+def score_style(
+    model: Encoder,
+    data: EmojiData,
+    drawings: Drawings,
+    candidates: np.ndarray,
+    *,
+    name: str,
+    languages: Sequence[str],
+    batch: int,
+) -> list[Scored]:
+    """Scores every drawing against the name of every candidate, in each language."""
+    images = image_features(model, drawings, batch)
+    right = metrics_lib.answer_matrix(data.answers(drawings), candidates)
+    seen = data.is_seen(drawings)
+    scored = []
+    for language in languages:
+        texts = text_features(model, [data.concepts[i].names[language] for i in candidates], batch)
+        scored.append(Scored(name, language, drawings, candidates, images @ texts.T, right, seen))
+    return scored
+
+
+def summarise(scored: Scored) -> dict[str, float]:
+    """The flat metrics of one style and language, seen and unseen apart."""
+    found: dict[str, float] = {}
+    ranks = metrics_lib.first_right(scored.scores, scored.right)
+    for part, rows in (("seen", scored.seen), ("unseen", ~scored.seen)):
+        if not rows.any():
+            continue
+        where = f"{scored.style}/{part}/{scored.language}"
+        for k in (1, 5):
+            share = metrics_lib.hits(ranks[rows], k)
+            key = f"zero_shot/{where}/top{k}"
+            found |= {key: share.value, f"{key}_low": share.low, f"{key}_high": share.high}
+        columns = scored.right[rows].any(axis=0)
+        scores, right = (x[rows][:, columns] for x in (scored.scores, scored.right))
+        recalls = []
+        for way, matrix, gold in (("i2t", scores, right), ("t2i", scores.T, right.T)):
+            found_ranks = metrics_lib.first_right(matrix, gold)
+            for k in KS:
+                recalls.append(metrics_lib.hits(found_ranks, k).value)
+                found[f"retrieval/{where}/{way}_r{k}"] = recalls[-1]
+        found[f"retrieval/{where}/mean_recall"] = float(np.mean(recalls))
+    return found

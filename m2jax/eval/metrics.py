@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ranking metrics on plain arrays, with their confidence intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from m2jax.config import UserError
+
+Z95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
+
+
+class Share(NamedTuple):
+    """A share of successes with its Wilson 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def wilson(successes: int, total: int) -> Share:
+    """The Wilson score interval (Wilson 1927); (0, 0, 1) for no trials."""
+    if not total:
+        return Share(0.0, 0.0, 1.0)
+    p, z2 = successes / total, Z95**2
+    centre = (p + z2 / (2 * total)) / (1 + z2 / total)
+    half = Z95 / (1 + z2 / total) * math.sqrt(p * (1 - p) / total + z2 / (4 * total**2))
+    return Share(p, max(0.0, centre - half), min(1.0, centre + half))
+
+
+def first_right(
+    scores: Float[np.ndarray, "queries items"], right: Bool[np.ndarray, "queries items"]
+) -> Int[np.ndarray, " queries"]:
+    """Rank (from 0) of the best right item of each query; ``items`` where none is right.
+
+    Ties count against the query: a wrong item with the same score stands before the right one, so
+    a constant score earns nothing.
+
+    Raises:
+        UserError: a score is not a number.
+    """
+    if np.isnan(scores).any():
+        raise UserError("evaluation: a score is NaN: the model's features are broken")
+    best = np.where(right, scores, -np.inf).max(axis=1, initial=-np.inf)
+    before = ((scores >= best[:, None]) & ~right).sum(axis=1)
+    return np.where(right.any(axis=1), before, scores.shape[1])
+
+
+def hits(ranks: Int[np.ndarray, " queries"], k: int) -> Share:
+    """Share of queries with a right item among the first k."""
+    return wilson(int((ranks < k).sum()), len(ranks))
+
+
+def answer_matrix(
+    answers: Sequence[frozenset[int]], candidates: Int[np.ndarray, " items"]
+) -> Bool[np.ndarray, "queries items"]:
+    """Which candidate ids count as right for each query."""
+    right = np.zeros((len(answers), len(candidates)), np.bool_)
+    for row, ids in enumerate(answers):
+        right[row] = np.isin(candidates, list(ids))
+    return right

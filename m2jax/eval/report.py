@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``report.html``: one self-contained page a person can look at after a run."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from m2jax.data.emoji import EmojiData, default_directory
+from m2jax.data.emoji import load as load_emoji
+from m2jax.eval.emoji import Scored
+from m2jax.obs.metrics import read_rows
+
+EXAMPLES = 12  # drawings shown per style, every n-th of the set: none is picked by its result
+CONFUSIONS = 10
+CURVES = ("loss", "samples_per_s", "learning_rate", "scale")
+
+STYLE = """
+:root{color-scheme:light dark;--line:#8886;--good:#2a9d5c;--bad:#c8553d;--soft:#8881}
+body{font:15px/1.5 system-ui,sans-serif;max-width:66rem;margin:2rem auto;padding:0 1rem}
+h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2.2rem}
+table{border-collapse:collapse}td,th{padding:.25rem .7rem;border-bottom:1px solid var(--line)}
+td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}
+.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(19rem,1fr));gap:.8rem}
+.card{display:flex;gap:.8rem;background:var(--soft);border-radius:.5rem;padding:.6rem}
+.card img{width:64px;height:64px;background:#fff;border-radius:.3rem;flex:none}
+.card ol{margin:0;padding-left:1.2rem}.right{color:var(--good);font-weight:600}
+.curves{display:grid;grid-template-columns:repeat(auto-fill,minmax(15rem,1fr));gap:1rem}
+svg{width:100%;height:auto}pre{background:var(--soft);padding:.8rem;overflow:auto}
+"""
+
+
+def write_report(
+    workdir: Path, metrics: Mapping[str, float], scored: Sequence[Scored], data_dir: str = ""
+) -> None:
+    """Writes the page of a run from its figures, its rows and its rankings; whole or not at all."""
+    data = load_emoji(default_directory(data_dir))
+    rows = read_rows(workdir / "metrics.jsonl")
+    sections = [
+        "<h1>m2jax: what this run learned</h1>",
+        _headline(metrics),
+        "<h2>Curves</h2>" + _curves(rows),
+    ]
+    for row in scored:
+        sections.append(_examples(row, data))
+    for row in scored[:1]:
+        sections.append(_confusions(row, data))
+    config = html.escape((workdir / "config.json").read_text(encoding="utf-8"))
+    sections.append(f"<h2>Drawings and names</h2><pre>{html.escape(data.attribution)}</pre>")
+    sections.append(f"<h2>Config</h2><details><summary>show</summary><pre>{config}</pre></details>")
+    page = (
+        "<!doctype html><html lang=en><meta charset=utf-8><title>m2jax report</title>"
+        f"<meta name=viewport content='width=device-width'><style>{STYLE}</style>"
+        + "".join(sections)
+    )
+    temporary = workdir / "report.html.tmp"
+    temporary.write_text(page, encoding="utf-8")
+    os.replace(temporary, workdir / "report.html")
+
+
+def _headline(metrics: Mapping[str, float]) -> str:
+    """Zero-shot top-1 and top-5 with intervals, pixel neighbour and chance in the same table."""
+    cells = []
+    for key in sorted(metrics, key=lambda k: (k.split("/")[-2:], k)):
+        if not key.endswith("/top1"):
+            continue
+        stem = key.removesuffix("/top1")
+        name = " ".join(stem.split("/")[1:]).replace("_", " ")
+        low, high = metrics.get(f"{key}_low"), metrics.get(f"{key}_high")
+        span = "" if low is None or high is None else f"{100 * low:.1f} to {100 * high:.1f}"
+        cells.append(
+            f"<tr><td>{html.escape(name)}<td class=n>{100 * metrics[key]:.1f}<td class=n>{span}"
+            f"<td class=n>{100 * metrics[f'{stem}/top5']:.1f}"
+        )
+    return (
+        "<p>Share of drawings, in per cent, whose name ranks first (or among five) among all names "
+        "the style draws. The styles were never trained on. Intervals are Wilson's, 95 %.</p>"
+        "<table><tr><th>what<th class=n>top-1<th class=n>95 %<th class=n>top-5"
+        f"{''.join(cells)}</table>"
+    )
+
+
+def _curves(rows: Sequence[Mapping[str, float]]) -> str:
+    """One small line chart per logged quantity."""
+    charts = []
+    for name in CURVES:
+        points = [(row["step"], row[name]) for row in rows if np.isfinite(row.get(name, np.nan))]
+        if len(points) > 1:
+            charts.append(
+                f"<figure><figcaption>{html.escape(name)}</figcaption>{_line(points)}</figure>"
+            )
+    return f"<div class=curves>{''.join(charts)}</div>"
+
+
+def _line(points: Sequence[tuple[float, float]]) -> str:
+    """An SVG polyline with its first and last values written out."""
+    x, y = np.array(points, np.float64).T
+    across = (x - x[0]) / max(x[-1] - x[0], 1) * 300
+    up = 100 - (y - y.min()) / max(np.ptp(y), 1e-12) * 90
+    path = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(across, up, strict=True))
+    return (
+        "<svg viewBox='0 0 300 120' role=img><polyline fill=none stroke=currentColor "
+        f"stroke-width=1.5 points='{path}'/><text x=0 y=118 font-size=11 fill=currentColor>"
+        f"step {x[0]:.0f}: {y[0]:.4g}</text><text x=300 y=118 font-size=11 fill=currentColor "
+        f"text-anchor=end>step {x[-1]:.0f}: {y[-1]:.4g}</text></svg>"
+    )
+
+
+def _examples(row: Scored, data: EmojiData) -> str:
+    """Every n-th drawing with its best five names, the right ones marked."""
+    step = max(len(row.drawings) // EXAMPLES, 1)
+    cards = []
+    for index in range(0, len(row.drawings), step)[:EXAMPLES]:
+        best = np.argsort(-row.scores[index])[:5]
+        items = "".join(
+            f"<li{' class=right' if row.right[index, j] else ''}>"
+            f"{html.escape(data.concepts[row.candidates[j]].names[row.language])}"
+            for j in best
+        )
+        truth = data.concepts[int(row.drawings.concept[index])].names[row.language]
+        cards.append(
+            f"<div class=card>{_image(row.drawings.images[index], truth)}<ol>{items}</ol></div>"
+        )
+    title = html.escape(f"{row.style}, {row.language}: every {step}th drawing and its five names")
+    return f"<h2>{title}</h2><div class=cards>{''.join(cards)}</div>"
+
+
+def _confusions(row: Scored, data: EmojiData) -> str:
+    """The wrong first names the model is surest of, beside the drawing's own."""
+    first = np.argmax(row.scores, axis=1)
+    wrong = ~row.right[np.arange(len(first)), first]
+    sure = np.where(wrong, row.scores.max(axis=1), -np.inf)
+    lines = []
+    for index in np.argsort(-sure)[:CONFUSIONS]:
+        own = data.concepts[int(row.drawings.concept[index])].names[row.language]
+        taken = row.candidates[first[index]]
+        other = np.flatnonzero(row.drawings.concept == taken)
+        picture = _image(row.drawings.images[other[0]], "") if len(other) else ""
+        name = data.concepts[taken].names[row.language]
+        lines.append(
+            f"<div class=card>{_image(row.drawings.images[index], own)}<span>{html.escape(own)}"
+            f"<br>taken for <b>{html.escape(name)}</b></span>{picture}</div>"
+        )
+    title = html.escape(f"{row.style}, {row.language}: the surest mistakes")
+    return f"<h2>{title}</h2><div class=cards>{''.join(lines)}</div>"
+
+
+def _image(rgba: np.ndarray, title: str) -> str:
+    """An <img> that carries its own bytes."""
+    out = io.BytesIO()
+    Image.fromarray(rgba).save(out, "PNG", optimize=True)
+    code = base64.b64encode(out.getvalue()).decode()
+    name = html.escape(title, quote=True)
+    return f"<img alt='{name}' title='{name}' src='data:image/png;base64,{code}'>"

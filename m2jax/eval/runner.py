@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Suites by name, the table people read, and ``metrics.json``."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from m2jax.config import UserError
+from m2jax.data import emoji as emoji_data
+from m2jax.data.emoji import EmojiData
+from m2jax.eval import baselines
+from m2jax.eval import emoji as emoji_suite
+from m2jax.eval import metrics as metrics_lib
+from m2jax.eval.emoji import Encoder, Scored
+
+TEST_STYLES = ("fluent", "openmoji")
+
+
+class Evaluation(NamedTuple):
+    """A suite's figures, and the rankings they came from."""
+
+    metrics: dict[str, float]
+    scored: list[Scored]
+
+
+def emoji(
+    model: Encoder, data_dir: str, languages: Sequence[str], batch: int, hold_out: tuple[str, ...]
+) -> Evaluation:
+    """Both test styles, every name the style draws as a candidate."""
+    del hold_out
+    data = emoji_data.load(emoji_data.default_directory(data_dir))
+    metrics: dict[str, float] = {}
+    scored: list[Scored] = []
+    for style in TEST_STYLES:
+        drawings = data.drawings(style)
+        rows = emoji_suite.score_style(
+            model,
+            data,
+            drawings,
+            np.unique(drawings.concept),
+            name=style,
+            languages=languages,
+            batch=batch,
+        )
+        for row in rows:
+            metrics |= emoji_suite.summarise(row)
+        scored += rows
+        metrics |= _baseline(data, style, drawings, data.training_styles())
+    return Evaluation(metrics, scored)
+
+
+def emoji_validation(
+    model: Encoder, data_dir: str, languages: Sequence[str], batch: int, hold_out: tuple[str, ...]
+) -> Evaluation:
+    """The validation slice alone, ranked over all seen names: what tuning may look at."""
+    data = emoji_data.load(emoji_data.default_directory(data_dir))
+    drawings = data.drawings("validation", hold_out_styles=hold_out)
+    candidates = np.array([c.id for c in data.concepts if c.seen])
+    rows = emoji_suite.score_style(
+        model, data, drawings, candidates, name="validation", languages=languages, batch=batch
+    )
+    metrics = {k: v for row in rows for k, v in emoji_suite.summarise(row).items()}
+    gallery = data.drawings("train", hold_out_styles=hold_out)
+    return Evaluation(metrics | _baseline(data, "validation", drawings, gallery), rows)
+
+
+def _baseline(
+    data: EmojiData, style: str, drawings: emoji_data.Drawings, gallery: emoji_data.Drawings
+) -> dict[str, float]:
+    """Pixel nearest neighbour and chance, on the drawings of seen concepts."""
+    known = drawings.where(data.is_seen(drawings))
+    shown = np.unique(gallery.concept)
+    right = metrics_lib.answer_matrix(data.answers(known), shown)
+    ranks = baselines.pixel_nn(known, gallery, shown, right)
+    found = {}
+    for k in (1, 5):
+        share = metrics_lib.hits(ranks, k)
+        key = f"baseline/pixel_nn/{style}/top{k}"
+        found |= {key: share.value, f"{key}_low": share.low, f"{key}_high": share.high}
+        names = len(np.unique(drawings.concept))
+        found[f"baseline/chance/{style}/top{k}"] = baselines.chance(names, k)
+    return found
+
+
+Suite = Callable[[Encoder, str, Sequence[str], int, tuple[str, ...]], Evaluation]
+SUITES: dict[str, Suite] = {"emoji": emoji, "emoji-validation": emoji_validation}
+
+
+def run_suite(
+    model: Encoder,
+    *,
+    suite: str = "emoji",
+    data_dir: str = "",
+    languages: Sequence[str] = ("en", "zh"),
+    batch_size: int = 256,
+    hold_out_styles: tuple[str, ...] = (),
+) -> Evaluation:
+    """Runs a suite.
+
+    Raises:
+        UserError: an unknown suite or language, or data that cannot be had.
+    """
+    if suite not in SUITES:
+        raise UserError(f"--suite {suite}: no such suite: use one of {', '.join(sorted(SUITES))}")
+    unknown = set(languages) - {"en", "zh"}
+    if unknown:
+        raise UserError(f"--languages {sorted(unknown)[0]}: the suite has en and zh")
+    return SUITES[suite](model, data_dir, languages, batch_size, hold_out_styles)
+
+
+def evaluate(
+    model: Encoder,
+    *,
+    suite: str = "emoji",
+    data_dir: str = "",
+    languages: Sequence[str] = ("en", "zh"),
+) -> dict[str, float]:
+    """Runs a suite, prints its table, returns its flat metrics."""
+    evaluation = run_suite(model, suite=suite, data_dir=data_dir, languages=languages)
+    print(table(evaluation.metrics))
+    return evaluation.metrics
+
+
+def table(metrics: dict[str, float]) -> str:
+    """The zero-shot and retrieval rows for people, baselines beside them; per cent."""
+    lines = [f"{'':34}{'top-1':>8}{'95 % interval':>17}{'top-5':>8}{'mean recall':>13}"]
+    for key in sorted(metrics):
+        if not key.endswith("/top1"):
+            continue
+        stem = key.removesuffix("/top1")
+        name = stem.removeprefix("zero_shot/").removeprefix("baseline/")
+        low, high = metrics.get(f"{key}_low"), metrics.get(f"{key}_high")
+        span = f"{100 * low:.1f} - {100 * high:.1f}" if low is not None and high is not None else ""
+        recall = metrics.get(stem.replace("zero_shot", "retrieval") + "/mean_recall")
+        tail = "" if recall is None else f"{100 * recall:.1f}"
+        top1, top5 = 100 * metrics[key], 100 * metrics[f"{stem}/top5"]
+        lines.append(f"{name:34}{top1:8.1f}{span:>17}{top5:8.1f}{tail:>13}")
+    return "\n".join(lines)
+
+
+def write_metrics(path: Path, metrics: dict[str, float]) -> None:
+    """Writes ``metrics.json`` whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(metrics, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Objectives as mathematics on arrays: no model, no data, no trainer."""

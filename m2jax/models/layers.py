@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The small parts every encoder is made of, each holding the weights of a whole stack of layers.
+
+A part made with ``stack=(n,)`` owns arrays whose first axis is the layer; ``jax.lax.scan`` hands
+one slice of it to each step, and the call below sees a part without that axis. Logical axis names
+lie beside each array as plain metadata (``logical_axes``); ``dist.sharding`` maps them to a mesh.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+Stack = tuple[int, ...]
+Init = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
+
+LAYER_NORM_EPS = 1e-5
+
+
+def param(rngs: nnx.Rngs, init: Init, shape: tuple[int, ...], axes: tuple[str | None, ...], dtype):
+    """A parameter with its logical axes; a ``layers`` axis is named for each extra leading one."""
+    axes = ("layers",) * (len(shape) - len(axes)) + axes
+    return nnx.Param(init(rngs.params(), shape, dtype), logical_axes=axes)
+
+
+def uniform(bound: float) -> Init:
+    """Uniform on [-bound, bound)."""
+    return lambda rng, shape, dtype: jax.random.uniform(rng, shape, dtype, -bound, bound)
+
+
+def normal(std: float) -> Init:
+    """Normal with mean 0."""
+    return lambda rng, shape, dtype: std * jax.random.normal(rng, shape, dtype)
+
+
+def constant(value: float) -> Init:
+    """The same value everywhere."""
+    return lambda _, shape, dtype: jnp.full(shape, value, dtype)
+
+
+def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
+    """Precision of statistics, softmax and losses: float32, or the input's where that is higher."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+class Linear(nnx.Module):
+    """``x @ kernel + bias`` in the precision of ``x``; kernel [in, out]."""
+
+    def __init__(
+        self,
+        rngs: nnx.Rngs,
+        shape: tuple[int, int],
+        axes: tuple[str | None, str | None],
+        *,
+        init: Init,
+        bias_init: Init | None = None,
+        stack: Stack = (),
+        dtype: jnp.dtype = jnp.float32,
+    ):
+        self.kernel = param(rngs, init, stack + shape, axes, dtype)
+        self.bias = (
+            param(rngs, bias_init, stack + shape[1:], axes[1:], dtype) if bias_init else None
+        )
+
+    def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
+        """Applies the map to the last axis."""
+        y = x @ self.kernel[...].astype(x.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm over the last axis: biased variance, epsilon inside the root (spec section 1)."""
+
+    def __init__(
+        self,
+        rngs: nnx.Rngs,
+        width: int,
+        *,
+        axis: str | None = None,
+        eps: float = LAYER_NORM_EPS,
+        stack: Stack = (),
+        dtype: jnp.dtype = jnp.float32,
+    ):
+        self.eps = eps
+        self.scale = param(rngs, constant(1.0), (*stack, width), (axis,), dtype)
+        self.bias = param(rngs, constant(0.0), (*stack, width), (axis,), dtype)
+
+    def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
+        """Standardises, scales and shifts."""
+        y = standardise(x, self.eps)
+        return y * self.scale[...].astype(y.dtype) + self.bias[...].astype(y.dtype)
+
+
+def standardise(x: Float[Array, "... d"], eps: float) -> Float[Array, "... d"]:
+    """(x - mean) / sqrt(variance + eps) over the last axis, computed in float32 or higher."""
+    wide = x.astype(at_least_float32(x.dtype))
+    centred = wide - wide.mean(-1, keepdims=True)
+    variance = jnp.square(centred).mean(-1, keepdims=True)
+    return (centred * jax.lax.rsqrt(variance + eps)).astype(x.dtype)
+
+
+def normed(norm: LayerNorm, *linears: Linear) -> Callable[[Float[Array, "... i"]], list[jax.Array]]:
+    """Maps x to [linear(norm(x)) ...], the norm's scale and bias folded into the weights.
+
+    ``(h * g + b) @ W + c`` is ``h @ (g[:, None] * W) + (b @ W + c)``: the same value, but two
+    passes over the activations become one over the weights, forward and backward, and the weights
+    are the smaller of the two in every batch worth training on. All linears share one product.
+    """
+    scale, shift = norm.scale[...], norm.bias[...]
+    kernel = jnp.concatenate([linear.kernel[...] for linear in linears], axis=1)
+    bias = jnp.concatenate([linear.bias[...] for linear in linears])
+    sizes = [linear.kernel[...].shape[1] for linear in linears]
+    cuts = [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)]
+
+    def apply(x: jax.Array) -> list[jax.Array]:
+        folded = (scale[:, None] * kernel).astype(x.dtype)
+        y = standardise(x, norm.eps) @ folded + (shift @ kernel + bias).astype(x.dtype)
+        return jnp.split(y, cuts, axis=-1)
+
+    return apply
+
+
+def gelu(x: Float[Array, ...]) -> Float[Array, ...]:
+    """The exact GELU, x Phi(x), by erf as torch does (``jax.nn.gelu`` takes the slower erfc)."""
+    return 0.5 * x * (1.0 + jax.lax.erf(x * 0.5**0.5))
+
+
+def attention(
+    q: Float[Array, "batch queries heads dim"],
+    k: Float[Array, "batch keys heads dim"],
+    v: Float[Array, "batch keys heads dim"],
+    *,
+    bias: Float[Array, "#batch 1 #queries keys"] | None = None,
+) -> Float[Array, "batch queries heads dim"]:
+    """Softmax attention with an additive bias; the scores are scaled by dim ** -0.5.
+
+    The softmax runs in float32 (or higher) and its result is cast back to the inputs' precision,
+    as the published code does (spec section 5, step 3).
+    """
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q * q.shape[-1] ** -0.5, k)
+    scores = scores.astype(at_least_float32(scores.dtype))
+    if bias is not None:
+        scores = scores + bias.astype(scores.dtype)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, v)
+
+
+def drop_path(
+    x: Float[Array, "batch ..."], rate: Float[Array, ""] | float, rng: jax.Array
+) -> Float[Array, "batch ..."]:
+    """Zeroes a residual branch for a random share ``rate`` of the samples and rescales the rest.
+
+    Source: Huang et al. 2016, "Deep networks with stochastic depth".
+    """
+    keep = 1.0 - rate
+    kept = jax.random.bernoulli(rng, keep, (x.shape[0],) + (1,) * (x.ndim - 1))
+    return jnp.where(kept, x / jnp.asarray(keep, x.dtype), jnp.zeros((), x.dtype))

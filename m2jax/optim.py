@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Optimiser, schedule and masks; every parameter is asserted to belong to exactly one group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from optax.contrib import MuonDimensionNumbers, muon
+
+from m2jax.config import Optim
+from m2jax.dist.sharding import replicated
+
+DECAYED = "decayed"  # matrices and tables: weight decay
+PLAIN = "plain"  # scales, biases, norms, single tokens: no decay
+FROZEN = "frozen"  # no objective of the run reads it: no update, no moments
+
+
+MUON_BETA = 0.95  # momentum of Muon; b1 and b2 stay those of its AdamW part
+
+
+class Optimizer(NamedTuple):
+    """What the step needs to know."""
+
+    transform: optax.GradientTransformation
+    schedule: optax.Schedule  # step -> learning rate
+
+
+_PLAIN_ENDINGS = ("bias", "scale", "cls_token", "mask_token", "logit_scale", "logit_vl_scale")
+_TABLES = ("text_embed", "image_positions", "text_positions")
+_MATRICES = ("kernel",)
+
+
+def group(name: str) -> str:
+    """The group of the parameter with this dotted name.
+
+    Raises:
+        KeyError: a name no rule covers (a new kind of parameter must be given a group here).
+    """
+    last = name.rsplit(".", 1)[-1]
+    if last in _MATRICES or last in _TABLES:
+        return DECAYED
+    if last in _PLAIN_ENDINGS:
+        return PLAIN
+    raise KeyError(f"parameter {name!r} has no optimiser group: add its ending to m2jax/optim.py")
+
+
+def _named(function: Callable[[str, Any], Any], tree: Any) -> Any:
+    """Maps (dotted name, leaf) over a tree."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: function(jax.tree_util.keystr(path, simple=True, separator="."), leaf),
+        tree,
+    )
+
+
+def groups(params: Any, frozen: Callable[[str], bool] = lambda name: False) -> Any:
+    """A tree like ``params`` with each leaf's group.
+
+    Raises:
+        KeyError: a parameter no rule covers.
+    """
+
+    def of(name: str, _: Any) -> str:
+        found = group(name)
+        return FROZEN if frozen(name) else found
+
+    return _named(of, params)
+
+
+def make_optimizer(
+    cfg: Optim, steps: int, *, frozen: Callable[[str], bool] = lambda name: False
+) -> Optimizer:
+    """The transformation of gradients into updates.
+
+    Clipping of the global norm, then the named rule, then decoupled weight decay on the matrices,
+    then the schedule. Muon (Jordan 2024) orthogonalises the updates of the hidden matrices and
+    leaves tables, scales and biases to AdamW at ``adam_factor`` times the learning rate.
+
+    Args:
+        cfg: the knobs.
+        steps: length of the run, where the schedule ends.
+        frozen: says by dotted name which parameters are left as they are.
+    """
+    schedule = make_schedule(cfg, steps)
+    clip = optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity()
+    moving = optax.chain(clip, _rule(cfg, schedule))
+
+    def labels(params: Any) -> Any:
+        return jax.tree.map(lambda g: FROZEN if g == FROZEN else "moving", groups(params, frozen))
+
+    transform = optax.partition({"moving": moving, FROZEN: optax.set_to_zero()}, labels)
+    return Optimizer(transform, schedule)
+
+
+def make_schedule(cfg: Optim, steps: int) -> optax.Schedule:
+    """Linear warm-up to the peak, then the named decay to ``end_factor`` times the peak."""
+    peak, rest = cfg.learning_rate, max(steps - cfg.warmup_steps, 1)
+    if cfg.schedule == "cosine":
+        decay = optax.cosine_decay_schedule(peak, rest, alpha=cfg.end_factor)
+    elif cfg.schedule == "linear":
+        decay = optax.linear_schedule(peak, peak * cfg.end_factor, rest)
+    else:
+        decay = optax.constant_schedule(peak)
+    warmup = optax.linear_schedule(0.0, peak, cfg.warmup_steps)
+    return optax.join_schedules([warmup, decay], [cfg.warmup_steps])
+
+
+def _rule(cfg: Optim, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """The named update rule with decay and learning rate."""
+
+    def decayed(tree: Any) -> Any:
+        return _named(lambda name, _: group(name) == DECAYED, tree)
+
+    if cfg.name == "adamw":
+        return optax.adamw(
+            schedule, cfg.b1, cfg.b2, cfg.eps, weight_decay=cfg.weight_decay, mask=decayed
+        )
+    if cfg.name == "lion":
+        return optax.lion(schedule, cfg.b1, cfg.b2, weight_decay=cfg.weight_decay, mask=decayed)
+    if cfg.name == "adafactor":
+        return optax.chain(
+            optax.scale_by_factored_rms(decay_rate=0.8),
+            optax.clip_by_block_rms(1.0),
+            optax.add_decayed_weights(cfg.weight_decay, decayed),
+            optax.scale_by_learning_rate(schedule),
+        )
+    return _muon(cfg, schedule)
+
+
+def _muon(cfg: Optim, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Muon for the hidden matrices, AdamW without decay for everything else.
+
+    A stack of layers is a stack of matrices: the last two axes are the matrix, whatever lies before
+    them is batched. Updates are scaled by 0.2 sqrt(max(rows, columns)), which gives them the size
+    that AdamW's have (Liu et al. 2025, arXiv 2502.16982, equation 4), so one learning rate serves.
+    """
+
+    def matrix(name: str, leaf: Any) -> Any:
+        hidden = name.endswith("kernel") and "vision_embed" not in name
+        return MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1) if hidden else None
+
+    return muon(
+        schedule,
+        beta=MUON_BETA,
+        weight_decay=cfg.weight_decay,
+        consistent_rms=0.2,
+        adam_b1=cfg.b1,
+        adam_b2=cfg.b2,
+        adam_learning_rate=lambda step: cfg.adam_factor * schedule(step),
+        muon_weight_dimension_numbers=lambda tree: _named(matrix, tree),
+    )
+
+
+def state_shardings(
+    transform: optax.GradientTransformation, params: Any, shardings: Any, mesh: jax.sharding.Mesh
+) -> Any:
+    """Places of the optimiser state: a moment lies where its parameter lies, the rest everywhere.
+
+    Without this ``jax.jit`` would replicate every moment on its own. A leaf of
+    the state belongs to the parameter whose dotted path ends its own, if the shapes agree.
+    """
+    by_path = {
+        tuple(map(str, path)): (leaf.shape, place)
+        for (path, leaf), place in zip(
+            jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(shardings), strict=True
+        )
+    }
+    longest = max(map(len, by_path))
+
+    def place(path: tuple, leaf: Any) -> Any:
+        keys = tuple(map(str, path))
+        for length in range(min(longest, len(keys)), 0, -1):
+            found = by_path.get(keys[-length:])
+            if found and found[0] == leaf.shape:
+                return found[1]
+        return replicated(mesh)
+
+    return jax.tree_util.tree_map_with_path(place, jax.eval_shape(transform.init, params))

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Image-text contrast (ITC) in several languages at once: the objective of the dual encoder."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from m2jax.config import Experiment
+from m2jax.data.augment import augment
+from m2jax.losses.contrastive import contrastive_loss
+from m2jax.models import params as params_lib
+from m2jax.models.params import Abstract, Params
+from m2jax.train.task import Batch, Metrics
+
+# The public forward never reads these (models/m2.py); ITC gives them no gradient.
+UNREAD = ("vl.blocks.B.", "vl.norms.B.", "norm.", "pooler.", "vision_embed.mask_token")
+
+
+class ImageTextTask:
+    """Each view of an image against its text in each language, on backbone and vl features.
+
+    The loss is the mean over views and languages of ``contrastive_loss``; the backbone's features
+    and ``logit_scale`` weigh ``backbone_weight``, those of the vl layers and ``logit_vl_scale`` the
+    rest, as VLMo (which the release derives from) trains both heads. ``text_text`` and
+    ``image_image`` add the contrasts inside a modality, on vl features.
+    """
+
+    def __init__(self, experiment: Experiment, mesh: Mesh | None = None):
+        self.experiment = experiment
+        self.mesh = mesh
+        self.model: Abstract = params_lib.abstract(experiment.model)
+
+    def init(self, rng: jax.Array) -> Params:
+        """Fresh parameters with the scales of the config."""
+        params = params_lib.initialise(self.experiment.model, rng)
+        start = math.log(self.experiment.loss.contrastive.scale_init)
+        for name in ("logit_scale", "logit_vl_scale"):
+            params[name] = jnp.full_like(params[name], start)
+        return params
+
+    def batch_spec(self, batch_size: int) -> Mapping[str, jax.ShapeDtypeStruct]:
+        """RGBA views, and one text per language."""
+        cfg = self.experiment
+        side, text = cfg.model.image_size, (len(cfg.data.languages), cfg.model.max_text_len)
+        return {
+            "image": jax.ShapeDtypeStruct((batch_size, cfg.data.views, side, side, 4), jnp.uint8),
+            "text": jax.ShapeDtypeStruct((batch_size, *text), jnp.int32),
+            "text_mask": jax.ShapeDtypeStruct((batch_size, *text), jnp.bool_),
+            "concept": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
+        }
+
+    def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Metrics]:
+        """Augments, encodes views and texts in one call each, and contrasts them."""
+        cfg = self.experiment.loss.contrastive
+        model = params_lib.bind(self.model.graph, params)
+        keys = jax.random.split(rng, 3)
+        images, texts = batch["image"], batch["text"]
+        rows, views = images.shape[:2]
+        languages = texts.shape[1]
+        # Views and languages are folded into the rows view by view, language by language, so that
+        # each contrast below is over one contiguous block of as many rows as the batch has.
+        pixels = augment(
+            images.swapaxes(0, 1).reshape(-1, *images.shape[2:]),
+            self.experiment.data.augment,
+            keys[0],
+            model.dtype,
+        )
+        image = model.encode_image(pixels, rng=keys[1])
+        text = model.encode_text(
+            texts.swapaxes(0, 1).reshape(-1, texts.shape[2]),
+            batch["text_mask"].swapaxes(0, 1).reshape(-1, texts.shape[2]),
+            rng=keys[2],
+        )
+
+        def split(features: jax.Array, parts: int) -> jax.Array:
+            return features.reshape(parts, rows, -1)
+
+        vl_scale, scale = jnp.exp(model.logit_vl_scale[...]), jnp.exp(model.logit_scale[...])
+        vl_image, vl_text = split(image.features, views), split(text.features, languages)
+        vl = self._between(vl_image, vl_text, vl_scale)
+        first = self._between(
+            split(image.backbone_features, views), split(text.backbone_features, languages), scale
+        )
+        total = cfg.backbone_weight * first + (1 - cfg.backbone_weight) * vl
+        metrics = {"loss/vl": vl, "loss/backbone": first, "scale": vl_scale}
+        if cfg.text_text and languages > 1:
+            metrics["loss/text_text"] = self._within(vl_text, vl_scale)
+            total = total + cfg.text_text * metrics["loss/text_text"]
+        if cfg.image_image and views > 1:
+            metrics["loss/image_image"] = self._within(vl_image, vl_scale)
+            total = total + cfg.image_image * metrics["loss/image_image"]
+        return total, metrics
+
+    def after_update(self, params: Params) -> Params:
+        """Keeps both scales at or below ``scale_max`` (CLIP's ceiling of ln 100)."""
+        ceiling = math.log(self.experiment.loss.contrastive.scale_max)
+        clipped = {
+            name: jnp.minimum(params[name], ceiling) for name in ("logit_scale", "logit_vl_scale")
+        }
+        return {**params, **clipped}
+
+    def frozen(self, name: str) -> bool:
+        """True for what only the unpublished joint objectives of the release would read."""
+        return name.startswith(UNREAD)
+
+    def _between(self, image: jax.Array, text: jax.Array, scale: jax.Array) -> jax.Array:
+        """Mean over every (view, language) pair."""
+        losses = [self._contrast(i, t, scale) for i, t in itertools.product(image, text)]
+        return sum(losses) / len(losses)
+
+    def _within(self, features: jax.Array, scale: jax.Array) -> jax.Array:
+        """Mean over every pair of two views, or of two languages."""
+        pairs = list(itertools.combinations(features, 2))
+        return sum(self._contrast(a, b, scale) for a, b in pairs) / len(pairs)
+
+    def _contrast(self, a: jax.Array, b: jax.Array, scale: jax.Array) -> jax.Array:
+        cfg = self.experiment.loss.contrastive
+        return contrastive_loss(
+            a, b, scale, impl=cfg.impl, mesh=self.mesh, label_smoothing=cfg.label_smoothing
+        )

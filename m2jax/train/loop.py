@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loop: owns time and input and output. What one step computes is ``train/step.py``.
+
+The order inside ``run`` is what makes a resumed run equal to an uninterrupted one: a checkpoint of
+step n holds the state after n steps and the loader's state before batch n.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from m2jax.checkpoint.manager import Checkpoints
+from m2jax.config import Experiment, UserError
+from m2jax.data.loader import Loader
+from m2jax.obs.metrics import MetricWriter
+from m2jax.obs.progress import Progress
+from m2jax.train.state import TrainState
+from m2jax.train.step import Step
+from m2jax.train.task import Metrics
+
+
+class LoopResult(NamedTuple):
+    """How a run ended."""
+
+    state: TrainState
+    steps: int
+    seconds: float  # in the loop, compilation and earlier processes of the run included
+
+
+@dataclasses.dataclass
+class Loop:
+    """Everything a run touches while it goes on."""
+
+    experiment: Experiment
+    step: Step
+    loader: Loader
+    checkpoints: Checkpoints
+    writer: MetricWriter
+    progress: Progress
+    rewinds: int = 0
+
+    def run(self, state: TrainState) -> LoopResult:
+        """Runs to ``train.steps``; saves on the way and at the end."""
+        begin = last = time.perf_counter()
+        before = self.writer.seconds  # of the processes this run goes on from
+        step = since = int(state.step)
+        steps = self.experiment.train.steps
+        while step < steps:
+            state, metrics = self.step.run(state, next(self.loader))
+            step += 1
+            if step % self.experiment.train.log_every == 0 or step == steps:
+                skipped = int(metrics["skipped"])
+                now = time.perf_counter()
+                self.log(step, metrics, (step - since) / (now - last), before + now - begin)
+                last, since = now, step
+                if skipped >= self.experiment.train.guard.patience:
+                    state = self.rewind(step)
+                    continue
+            if step % self.experiment.checkpoint.every == 0 or step == steps:
+                self.checkpoints.save(step, state, self.loader.get_state())
+        self.checkpoints.wait()
+        return LoopResult(state, step, before + time.perf_counter() - begin)
+
+    def log(self, step: int, metrics: Metrics, steps_per_s: float, seconds: float) -> None:
+        """One row for machines, one line for people."""
+        row = {name: float(value) for name, value in metrics.items()}
+        row["seconds"] = seconds
+        row["learning_rate"] = float(self.step.schedule(step - 1))
+        row["samples_per_s"] = steps_per_s * self.experiment.data.batch_size
+        self.writer.write(step, row)
+        self.progress.show(step, row["loss"], row["samples_per_s"])
+
+    def rewind(self, step: int) -> TrainState:
+        """Goes back to the last checkpoint's parameters, but on to new data with new randomness.
+
+        The step count and the loader go on: replaying the same batches with the same keys would
+        meet the same spike.
+
+        Raises:
+            UserError: nothing to go back to, or this happened too often.
+        """
+        guard = self.experiment.train.guard
+        self.rewinds += 1
+        restored = self.checkpoints.restore(self.step.abstract_state)
+        if restored is None or self.rewinds > guard.rewinds:
+            raise UserError(
+                f"train: {guard.patience} steps in a row were skipped by step {step} (loss spike "
+                "or NaN), and rewinding did not help: lower optim.learning_rate or look at the data"
+            )
+        self.progress.note(f"step {step}: loss spike; parameters go back to step {restored.step}")
+        return dataclasses.replace(restored.state, step=jnp.asarray(step, jnp.int32))

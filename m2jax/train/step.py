@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training step: a pure function (state, batch) -> (state, metrics), jitted onto a mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from m2jax.config import Experiment, Guard
+from m2jax.dist.sharding import AxisRules, batch_sharding, replicated, use_rules
+from m2jax.models import params as params_lib
+from m2jax.optim import Optimizer, make_optimizer, state_shardings
+from m2jax.train import state as state_lib
+from m2jax.train.state import TrainState
+from m2jax.train.task import Batch, Metrics, Task
+
+NORM_MEAN_DECAY = 0.98  # of the guard's running mean of gradient norms
+
+
+class Step(NamedTuple):
+    """The compiled side of a run."""
+
+    init: Callable[[], TrainState]  # a fresh state, each array made where it lies
+    run: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]  # donates the state
+    abstract_state: TrainState  # shapes with shardings: what a checkpoint is restored onto
+    schedule: optax.Schedule
+
+
+def make_step(
+    experiment: Experiment, task: Task, mesh: Mesh, rules: AxisRules | None = None
+) -> Step:
+    """Jits initialisation and step of a task with the places of every array fixed.
+
+    Raises:
+        UserError: a parameter or the batch does not divide over the mesh.
+    """
+    rules = rules or AxisRules()
+    optimizer = make_optimizer(experiment.optim, experiment.train.steps, frozen=task.frozen)
+    places = _state_places(experiment, task, optimizer, mesh, rules)
+
+    def init() -> TrainState:
+        rng = jax.random.fold_in(jax.random.key(experiment.train.seed), 1)
+        params = task.init(rng)
+        opt_state = optimizer.transform.init(params)
+        return state_lib.fresh(
+            params, opt_state, experiment.train.seed, ema=experiment.optim.ema > 0
+        )
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        with use_rules(mesh, rules):
+            return update(experiment, task, optimizer, state, batch)
+
+    run = jax.jit(
+        step,
+        in_shardings=(places, batch_sharding(mesh)),
+        out_shardings=(places, replicated(mesh)),
+        donate_argnums=0,
+    )
+    shapes = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        jax.eval_shape(init),
+        places,
+    )
+    return Step(jax.jit(init, out_shardings=places), run, shapes, optimizer.schedule)
+
+
+def update(
+    experiment: Experiment, task: Task, optimizer: Optimizer, state: TrainState, batch: Batch
+) -> tuple[TrainState, Metrics]:
+    """One step, unjitted: gradient, guard, optimiser, projection, average."""
+    rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+    gradient = jax.value_and_grad(task.loss, has_aux=True)
+    (loss, metrics), grads = gradient(state.params, batch, rng)
+    norm = optax.tree.norm(grads)
+    accepted = accept(experiment.train.guard, state, loss, norm)
+
+    updates, opt_state = optimizer.transform.update(grads, state.opt_state, state.params)
+    params = task.after_update(optax.apply_updates(state.params, updates))
+    params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(accepted, new, old),
+        (params, opt_state),
+        (state.params, state.opt_state),
+    )
+    mean = NORM_MEAN_DECAY * state.norm_mean + (1 - NORM_MEAN_DECAY) * norm
+    mean = jnp.where(state.norm_mean == 0, norm, mean)
+    new_state = TrainState(
+        step=state.step + 1,
+        params=params,
+        opt_state=opt_state,
+        ema=_average(experiment.optim.ema, state, params),
+        rng=state.rng,
+        norm_mean=jnp.where(accepted, mean, state.norm_mean),
+        skipped=jnp.where(accepted, 0, state.skipped + 1),
+    )
+    logged = {"loss": loss, "grad_norm": norm, "skipped": new_state.skipped, **metrics}
+    return new_state, logged
+
+
+def accept(guard: Guard, state: TrainState, loss: jax.Array, norm: jax.Array) -> jax.Array:
+    """Whether a step may change the parameters: finite, and no sudden jump of the gradient."""
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    if not guard.factor:
+        return finite
+    warm = state.step >= guard.warmup_steps
+    return finite & ~(warm & (norm > guard.factor * state.norm_mean))
+
+
+def _average(
+    decay: float, state: TrainState, params: params_lib.Params
+) -> params_lib.Params | None:
+    """The running average with the usual warm-up of its decay: (1 + t) / (10 + t) at most."""
+    if state.ema is None:
+        return None
+    t = state.step.astype(jnp.float32)
+    decay = jnp.minimum(decay, (1 + t) / (10 + t))
+    return jax.tree.map(lambda mean, new: decay * mean + (1 - decay) * new, state.ema, params)
+
+
+def _state_places(
+    experiment: Experiment, task: Task, optimizer: Optimizer, mesh: Mesh, rules: AxisRules
+) -> TrainState:
+    """The sharding of every array of the state."""
+    shapes = task.model.params
+    params = params_lib.shardings(task.model, mesh, rules)
+    everywhere = replicated(mesh)
+    return TrainState(
+        step=everywhere,
+        params=params,
+        opt_state=state_shardings(optimizer.transform, shapes, params, mesh),
+        ema=params if experiment.optim.ema > 0 else None,
+        rng=everywhere,
+        norm_mean=everywhere,
+        skipped=everywhere,
+    )

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a trainer needs to know of an objective; heads and downstream work implement this."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import jax
+
+from m2jax.models.params import Abstract, Params
+
+Batch = Mapping[str, jax.Array]
+Metrics = Mapping[str, jax.Array]  # scalars
+
+
+class Task(Protocol):
+    """An objective over the parameters of one model."""
+
+    model: Abstract  # graph, shapes and logical axes of every parameter
+
+    def init(self, rng: jax.Array) -> Params:
+        """Fresh parameters; jitted by the trainer with the shardings of ``model``."""
+        ...
+
+    def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Metrics]:
+        """The scalar to minimise and what to log beside it; pure, differentiable in ``params``."""
+        ...
+
+    def batch_spec(self, batch_size: int) -> Mapping[str, jax.ShapeDtypeStruct]:
+        """Shapes of a global batch: what the step is compiled for before any data is read."""
+        ...
+
+    def after_update(self, params: Params) -> Params:
+        """Projection onto what parameters may be (a ceiling on scales); identity if none."""
+        ...
+
+    def frozen(self, name: str) -> bool:
+        """Whether the parameter of this dotted name is left as it is (nothing reads it)."""
+        ...

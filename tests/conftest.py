@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Eight virtual CPU devices for every test, and compiled programs kept between runs."""
+
+import os
+from pathlib import Path
+
+# Read by jax when its first device is touched, so they are set before any test module is imported.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8"
+    # Eight devices share two cores' worth of threads: collectives of one program that run at the
+    # same time can each hold a thread the other needs. In program order they cannot.
+    + " --xla_cpu_enable_concurrency_optimized_scheduler=false"
+)
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".cache" / "jax")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+# A launcher around the test run must not look like the tests' own.
+for name in list(os.environ):
+    if name.startswith(("M2JAX_", "SLURM_", "OMPI_", "SKYPILOT_")) and name != "M2JAX_GOLDEN":
+        del os.environ[name]

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+
+from m2jax.config import (
+    ARCHITECTURES,
+    Experiment,
+    Model,
+    UserError,
+    as_config_dict,
+    build,
+    from_json,
+    load_config,
+    resolve,
+    to_json,
+)
+
+
+def test_json_round_trip():
+    experiment = load_config("emoji", ["train.steps=7", "data.languages=zh", "optim.eps=1e-6"])
+    assert experiment.train.steps == 7
+    assert experiment.data.languages == ("zh",)
+    assert from_json(to_json(experiment)) == experiment
+    assert hash(experiment) == hash(from_json(to_json(experiment)))
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.stps=5", "steps"),
+        ("train.steps=five", "int"),
+        ("train.steps=1.5", "int"),
+        ("train=5", "group"),
+        ("nothing=1", "no such key"),
+        ("loss.contrastive.impl=fast", "dense"),
+        ("optim.name=sgd", "adamw"),
+        ("model.name=m3", "m2-encoder-10b"),
+        ("model.heads=5", "model.heads"),
+        ("train.steps", "no value"),
+    ],
+)
+def test_bad_overrides_are_one_line_with_a_mend(override, words):
+    with pytest.raises(UserError) as caught:
+        load_config("emoji", [override])
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_misspelt_key_in_a_file_names_the_file(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from m2jax.config import as_config_dict\n"
+        "def get_config():\n    c = as_config_dict()\n    c.train.stepz = 3\n    return c\n"
+    )
+    with pytest.raises(UserError, match=r"mine\.py.*steps"):
+        load_config(str(file))
+
+
+def test_a_missing_file_lists_what_ships():
+    with pytest.raises(UserError, match="emoji"):
+        load_config("no-such-config")
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"train": {"stepz": 1}}', '{"train": 3}'])
+def test_damaged_json_is_refused(text):
+    with pytest.raises(UserError, match=r"config\.json"):
+        from_json(text)
+
+
+def test_every_architecture_resolves_and_keeps_overrides():
+    for name, sizes in ARCHITECTURES.items():
+        assert resolve(Model(name=name)).width == sizes["width"]
+    assert resolve(Model(width=96)).width == 96
+
+
+def test_the_default_builds():
+    built = build(as_config_dict())
+    assert built.model.width == ARCHITECTURES[Experiment().model.name]["width"]

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from m2jax import config
+from m2jax.bundle import load
+from m2jax.checkpoint import manager
+from m2jax.config import UserError
+from m2jax.data.loader import make_loader
+from m2jax.dist.mesh import make_mesh
+from m2jax.obs.metrics import read_rows
+from m2jax.train import main
+from m2jax.train.image_text import ImageTextTask
+from m2jax.train.step import accept, make_step
+from tests.train import toy
+
+
+def losses(workdir):
+    return [
+        (row["step"], row["loss"], row["grad_norm"]) for row in read_rows(workdir / "metrics.jsonl")
+    ]
+
+
+@pytest.mark.parametrize("stop", [1, 3, 4])
+def test_an_interrupted_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, monkeypatch, stop):
+    cfg = toy.experiment(monkeypatch)
+    main.run(cfg, tmp_path / "whole")
+
+    class Killed(Exception):
+        pass
+
+    real = main.Loop.log
+
+    def log(self, step, *args):
+        real(self, step, *args)
+        if step == stop:
+            self.checkpoints.wait()
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(main.Loop, "log", log)
+        with pytest.raises(Killed):
+            main.run(cfg, tmp_path / "cut")
+    main.run(cfg, tmp_path / "cut")
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    a, b = (load(tmp_path / name).params for name in ("cut", "whole"))
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_eight_devices_equal_one(monkeypatch):
+    cfg = toy.experiment(monkeypatch)
+    found = []
+    for spec, devices in ((config.Mesh(), 1), (config.Mesh(data=2, fsdp=2, model=2), 8)):
+        mesh = make_mesh(spec, jax.devices()[:devices])
+        task = ImageTextTask(cfg, mesh)
+        step = make_step(cfg, task, mesh)
+        state, loader = step.init(), make_loader(cfg, mesh)
+        rows = []
+        for _ in range(3):
+            state, metrics = step.run(state, next(loader))
+            rows.append([float(metrics["loss"]), float(metrics["grad_norm"])])
+        loader.close()
+        found.append(np.array(rows))
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-5)
+
+
+def test_the_state_is_sharded_as_the_rules_say(monkeypatch):
+    cfg = toy.experiment(monkeypatch)
+    mesh = make_mesh(config.Mesh(data=2, fsdp=2, model=2))
+    step = make_step(cfg, ImageTextTask(cfg, mesh), mesh)
+    state = step.init()
+    kernel = state.params["backbone"]["blocks"]["A"]["fc1"]["kernel"]
+    assert kernel.sharding.spec == jax.sharding.PartitionSpec(None, "fsdp", "model")
+    same_shape = [x for x in jax.tree.leaves(state.opt_state) if x.shape == kernel.shape]
+    assert same_shape
+    assert all(x.sharding.spec == kernel.sharding.spec for x in same_shape)
+
+
+def test_the_guard_skips_what_is_not_finite_and_what_jumps():
+    guard = config.Guard(factor=3.0, warmup_steps=5)
+    state = type("S", (), {"step": jnp.int32(9), "norm_mean": jnp.float32(1.0)})
+    assert bool(accept(guard, state, jnp.float32(1), jnp.float32(2)))
+    assert not bool(accept(guard, state, jnp.float32(1), jnp.float32(4)))
+    assert not bool(accept(guard, state, jnp.float32(np.nan), jnp.float32(1)))
+    state.step = jnp.int32(2)
+    assert bool(accept(guard, state, jnp.float32(1), jnp.float32(4)))
+
+
+def test_a_poisoned_step_changes_nothing_and_many_rewind_then_stop(tmp_path, monkeypatch):
+    cfg = toy.experiment(monkeypatch, guard=config.Guard(patience=2, rewinds=1))
+    real = ImageTextTask.loss
+
+    def loss(self, params, batch, rng):
+        value, metrics = real(self, params, batch, rng)
+        step_is_late = (batch["text"].sum() > -1) & (params["logit_scale"] != 2.6593)
+        return jnp.where(step_is_late, jnp.nan, value), metrics
+
+    monkeypatch.setattr(ImageTextTask, "loss", loss)
+    with pytest.raises(UserError, match="skipped by step"):
+        main.run(cfg, tmp_path)
+    assert all(np.isnan(row["loss"]) for row in read_rows(tmp_path / "metrics.jsonl"))
+
+
+def test_rows_past_the_restored_step_and_torn_lines_are_dropped(tmp_path, monkeypatch):
+    cfg = toy.experiment(monkeypatch)
+    main.run(dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, steps=3)), tmp_path)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 5, "loss": 1.0}) + '\n{"step": 6, "lo')
+    main.run(cfg, tmp_path)
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == list(range(1, 9))
+
+
+def test_another_architecture_is_refused(tmp_path, monkeypatch):
+    cfg = toy.experiment(monkeypatch)
+    main.run(cfg, tmp_path)
+    other = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, width=32))
+    with pytest.raises(UserError, match=r"model\.width is 16 there and 32"):
+        main.run(other, tmp_path)
+
+
+def test_load_refuses_what_is_no_model(tmp_path):
+    with pytest.raises(UserError, match="no such directory"):
+        load(tmp_path / "nothing")
+    with pytest.raises(UserError, match="no checkpoint"):
+        load(tmp_path)
+
+
+def test_a_damaged_checkpoint_is_one_line(tmp_path, monkeypatch):
+    cfg = toy.experiment(monkeypatch)
+    main.run(cfg, tmp_path)
+    for file in (manager.newest(tmp_path) / "state").rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(UserError) as caught:
+        main.run(cfg, tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_bundle_encodes_like_the_trained_model(tmp_path, monkeypatch):
+    cfg = toy.experiment(monkeypatch)
+    main.run(cfg, tmp_path)
+    bundle = load(tmp_path)
+    tokens = bundle.tokenize(["word1", ""])
+    text = bundle.encode_text(tokens.ids, tokens.mask)
+    image = bundle.encode_image(np.zeros((3, 16, 16, 3), np.float32))
+    np.testing.assert_allclose(np.linalg.norm(text, axis=1), 1, rtol=1e-5)
+    assert bundle.logits(image, text).shape == (3, 2)
+
+
+def test_scales_stop_at_their_ceiling(monkeypatch):
+    cfg = toy.experiment(monkeypatch)
+    task = ImageTextTask(cfg)
+    params = task.after_update({"logit_scale": jnp.float32(9), "logit_vl_scale": jnp.float32(1)})
+    np.testing.assert_allclose(params["logit_scale"], np.log(100), rtol=1e-6)
+    assert params["logit_vl_scale"] == 1
