@@ -11,32 +11,50 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from m2jax.bundle import Bundle, create_model, list_models, load
     from m2jax.config import Experiment, UserError, load_config
+    from m2jax.data.loader import make_loader
     from m2jax.dist.bootstrap import start
     from m2jax.dist.mesh import make_mesh
     from m2jax.dist.sharding import AxisRules
     from m2jax.losses.contrastive import contrastive_loss
+    from m2jax.train.step import make_step
+    from m2jax.train.task import Task
 
 __version__ = "0.1.0"
 
 _HOME = {  # public name -> the module that defines it
     "AxisRules": "m2jax.dist.sharding",
+    "Bundle": "m2jax.bundle",
     "Experiment": "m2jax.config",
+    "Task": "m2jax.train.task",
     "UserError": "m2jax.config",
     "contrastive_loss": "m2jax.losses.contrastive",
+    "create_model": "m2jax.bundle",
+    "list_models": "m2jax.bundle",
+    "load": "m2jax.bundle",
     "load_config": "m2jax.config",
+    "make_loader": "m2jax.data.loader",
     "make_mesh": "m2jax.dist.mesh",
+    "make_step": "m2jax.train.step",
     "start": "m2jax.dist.bootstrap",
 }
 
 __all__ = [
     "AxisRules",
+    "Bundle",
     "Experiment",
+    "Task",
     "UserError",
     "__version__",
     "contrastive_loss",
+    "create_model",
+    "list_models",
+    "load",
     "load_config",
+    "make_loader",
     "make_mesh",
+    "make_step",
     "start",
 ]
 

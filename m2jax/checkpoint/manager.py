@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import orbax.checkpoint as ocp
+from etils import epath
 
 from m2jax import config as config_lib
 from m2jax.config import UserError
@@ -132,7 +133,7 @@ def read_bundle(checkpoint: Path) -> Saved:
     """
     handler = ocp.JsonCheckpointHandler()
     try:
-        saved = handler.restore(checkpoint / "bundle")
+        saved = handler.restore(epath.Path(checkpoint) / "bundle")
     except (OSError, ValueError) as error:
         raise UserError(
             f"{checkpoint}: no readable checkpoint ({type(error).__name__}): "
@@ -153,7 +154,7 @@ def read_params(checkpoint: Path, abstract_params: Any) -> Any:
         UserError: the arrays are missing, damaged, or of other shapes.
     """
     handler = ocp.PyTreeCheckpointHandler()
-    where = checkpoint / "state"
+    where = epath.Path(checkpoint) / "state"
     try:
         known = handler.metadata(where).tree
         key = "ema" if known.get("ema") else "params"

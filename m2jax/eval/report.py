@@ -128,7 +128,7 @@ def _examples(row: Scored, data: EmojiData) -> str:
         cards.append(
             f"<div class=card>{_image(row.drawings.images[index], truth)}<ol>{items}</ol></div>"
         )
-    title = html.escape(f"{row.style}, {row.language}: every {step}th drawing and its five names")
+    title = html.escape(f"{row.style}, {row.language}: one drawing in {step} and its five names")
     return f"<h2>{title}</h2><div class=cards>{''.join(cards)}</div>"
 
 
@@ -138,7 +138,7 @@ def _confusions(row: Scored, data: EmojiData) -> str:
     wrong = ~row.right[np.arange(len(first)), first]
     sure = np.where(wrong, row.scores.max(axis=1), -np.inf)
     lines = []
-    for index in np.argsort(-sure)[:CONFUSIONS]:
+    for index in np.argsort(-sure)[: min(CONFUSIONS, int(wrong.sum()))]:
         own = data.concepts[int(row.drawings.concept[index])].names[row.language]
         taken = row.candidates[first[index]]
         other = np.flatnonzero(row.drawings.concept == taken)

@@ -112,7 +112,9 @@ def normed(norm: LayerNorm, *linears: Linear) -> Callable[[Float[Array, "... i"]
     """
     scale, shift = norm.scale[...], norm.bias[...]
     kernel = jnp.concatenate([linear.kernel[...] for linear in linears], axis=1)
-    bias = jnp.concatenate([linear.bias[...] for linear in linears])
+    biases = [linear.bias for linear in linears if linear.bias is not None]
+    assert len(biases) == len(linears)  # the fold needs a place for shift @ kernel
+    bias = jnp.concatenate([b[...] for b in biases])
     sizes = [linear.kernel[...].shape[1] for linear in linears]
     cuts = [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)]
 

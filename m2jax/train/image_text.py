@@ -112,12 +112,12 @@ class ImageTextTask:
     def _between(self, image: jax.Array, text: jax.Array, scale: jax.Array) -> jax.Array:
         """Mean over every (view, language) pair."""
         losses = [self._contrast(i, t, scale) for i, t in itertools.product(image, text)]
-        return sum(losses) / len(losses)
+        return jnp.stack(losses).mean()
 
     def _within(self, features: jax.Array, scale: jax.Array) -> jax.Array:
         """Mean over every pair of two views, or of two languages."""
         pairs = list(itertools.combinations(features, 2))
-        return sum(self._contrast(a, b, scale) for a, b in pairs) / len(pairs)
+        return jnp.stack([self._contrast(a, b, scale) for a, b in pairs]).mean()
 
     def _contrast(self, a: jax.Array, b: jax.Array, scale: jax.Array) -> jax.Array:
         cfg = self.experiment.loss.contrastive

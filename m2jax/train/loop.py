@@ -12,6 +12,7 @@ import time
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 
 from m2jax.checkpoint.manager import Checkpoints
 from m2jax.config import Experiment, UserError
@@ -69,7 +70,7 @@ class Loop:
         """One row for machines, one line for people."""
         row = {name: float(value) for name, value in metrics.items()}
         row["seconds"] = seconds
-        row["learning_rate"] = float(self.step.schedule(step - 1))
+        row["learning_rate"] = float(np.asarray(self.step.schedule(step - 1)))
         row["samples_per_s"] = steps_per_s * self.experiment.data.batch_size
         self.writer.write(step, row)
         self.progress.show(step, row["loss"], row["samples_per_s"])

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -80,7 +80,8 @@ def update(
     accepted = accept(experiment.train.guard, state, loss, norm)
 
     updates, opt_state = optimizer.transform.update(grads, state.opt_state, state.params)
-    params = task.after_update(optax.apply_updates(state.params, updates))
+    moved = cast(params_lib.Params, optax.apply_updates(state.params, updates))
+    params = task.after_update(moved)
     params, opt_state = jax.tree.map(
         lambda new, old: jnp.where(accepted, new, old),
         (params, opt_state),
@@ -117,8 +118,8 @@ def _average(
     if state.ema is None:
         return None
     t = state.step.astype(jnp.float32)
-    decay = jnp.minimum(decay, (1 + t) / (10 + t))
-    return jax.tree.map(lambda mean, new: decay * mean + (1 - decay) * new, state.ema, params)
+    keep = jnp.minimum(decay, (1 + t) / (10 + t))
+    return jax.tree.map(lambda mean, new: keep * mean + (1 - keep) * new, state.ema, params)
 
 
 def _state_places(
@@ -127,7 +128,7 @@ def _state_places(
     """The sharding of every array of the state."""
     shapes = task.model.params
     params = params_lib.shardings(task.model, mesh, rules)
-    everywhere = replicated(mesh)
+    everywhere: Any = replicated(mesh)  # a tree of places has the shape of the state
     return TrainState(
         step=everywhere,
         params=params,

@@ -258,7 +258,7 @@ def test_files_are_whole_or_unchanged(tmp_path: Path) -> None:
 
 
 def test_inspect_prints_every_parameter(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["inspect", "--config", "emoji", "--config.mesh.fsdp=2"]) == 0
+    assert main(["inspect", "--config", "emoji", "--devices", "8", "--config.mesh.fsdp=2"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["parameter", "shape", "axes", "mesh", "axes", "bytes/device"]
     assert "on 8 devices (replica=1 data=4 fsdp=2 model=1)" in lines[-1]
@@ -295,7 +295,7 @@ def test_inspect_lays_out_ten_billion_on_devices_not_here() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--config.mesh.fsdp=3"], "there are 8"),
+        (["--devices", "8", "--config.mesh.fsdp=3"], "there are 8"),
         (["--devices=-1"], "at least 1"),
         (["--devices", "4096", "--config.mesh.fsdp=4096"], "does not divide"),
     ],

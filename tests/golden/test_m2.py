@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The published model's own numbers. Cases are found by listing the folder, never by a fixed list."""
+"""The published model's own numbers; cases are found by listing the folder."""
 
 import json
 import os

@@ -154,7 +154,8 @@ def _read_split(directory: Path, split: str) -> Drawings:
     builder = tfds.builder_from_directory(str(source_dir.parent))
     if split not in builder.info.splits:
         raise UserError(f"emoji split {split!r}: unknown: use one of {sorted(builder.info.splits)}")
-    rows = list(builder.as_data_source(split=split))
+    # The decorator of as_data_source hides its parameters from type checkers.
+    rows = list(builder.as_data_source(split=split))  # pyright: ignore[reportCallIssue]
     rows.sort(key=lambda row: (row["style"], row["concept"]))
     return Drawings(
         np.stack([row["image"] for row in rows]),
