@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Times the training step of a config on random batches, and this machine's matrix product beside it.
+"""Times the training step of a config on random batches, beside this machine's matrix product.
 
     python benchmarks/step.py [--config emoji] [key=value ...]
 
-Prints one table row: milliseconds per step (least and median), samples per second, the arithmetic of
-the matrix products alone (6 x parameters x tokens) and its share of a 2048-cubed product's rate
+Prints one table row: milliseconds per step (least and median), samples per second, the arithmetic
+of the matrix products alone (6 x parameters x tokens) and its share of a 2048-cubed product's rate
 measured in the same process.
 """
 
