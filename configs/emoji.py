@@ -29,6 +29,6 @@ def get_config() -> ConfigDict:
     config.optim.name = "muon"
     config.optim.learning_rate = 2e-3
     config.optim.warmup_steps = 50
-    config.train.steps = 900
+    config.train.steps = 950
     config.checkpoint.every = 300
     return config
