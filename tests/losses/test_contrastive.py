@@ -45,7 +45,9 @@ def test_equals_the_formula(n, scale, seed, smoothing):
             jnp.asarray(image), jnp.asarray(text), scale, label_smoothing=smoothing
         )
         assert found.dtype == jnp.float64
-        np.testing.assert_allclose(found, by_hand(image, text, scale, smoothing), rtol=1e-12)
+        np.testing.assert_allclose(
+            found, by_hand(image, text, scale, smoothing), rtol=1e-12, atol=1e-12
+        )
 
 
 def test_gradients_match_finite_differences():
