@@ -112,11 +112,12 @@ def summarise(scored: Scored) -> dict[str, float]:
             found |= {key: share.value, f"{key}_low": share.low, f"{key}_high": share.high}
         columns = scored.right[rows].any(axis=0)
         scores, right = (x[rows][:, columns] for x in (scored.scores, scored.right))
-        recalls = []
+        ranked = []
         for way, matrix, gold in (("i2t", scores, right), ("t2i", scores.T, right.T)):
-            found_ranks = metrics_lib.first_right(matrix, gold)
+            ranked.append(metrics_lib.first_right(matrix, gold))
             for k in KS:
-                recalls.append(metrics_lib.hits(found_ranks, k).value)
-                found[f"retrieval/{where}/{way}_r{k}"] = recalls[-1]
-        found[f"retrieval/{where}/mean_recall"] = float(np.mean(recalls))
+                found[f"retrieval/{where}/{way}_r{k}"] = metrics_lib.hits(ranked[-1], k).value
+        mean = metrics_lib.mean_recall(ranked, KS)
+        key = f"retrieval/{where}/mean_recall"
+        found |= {key: mean.value, f"{key}_low": mean.low, f"{key}_high": mean.high}
     return found

@@ -51,6 +51,25 @@ def first_right(
     return np.where(right.any(axis=1), before, scores.shape[1])
 
 
+def mean_recall(
+    ranks: Sequence[Int[np.ndarray, " queries"]], ks: Sequence[int], *, resamples: int = 1000
+) -> Share:
+    """Mean over directions and k of the recall at k, with its bootstrap 95 % interval.
+
+    Queries are drawn anew with replacement in each direction on its own (Efron 1979, percentile
+    interval); the draw is fixed, so one ranking always gives one interval.
+    """
+    rng = np.random.default_rng(0)
+    value, drawn = 0.0, np.zeros(resamples)
+    for way in ranks:
+        found = np.stack([way < k for k in ks]).mean(axis=0)  # of each query, in [0, 1]
+        value += found.mean() / len(ranks)
+        picks = rng.integers(len(way), size=(resamples, len(way)))
+        drawn += found[picks].mean(axis=1) / len(ranks)
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return Share(float(value), float(min(low, value)), float(max(high, value)))
+
+
 def hits(ranks: Int[np.ndarray, " queries"], k: int) -> Share:
     """Share of queries with a right item among the first k."""
     return wilson(int((ranks < k).sum()), len(ranks))

@@ -3,23 +3,23 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
+import importlib.metadata
 import os
+import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from m2jax.data.emoji import EmojiData, default_directory
+from m2jax import __version__
+from m2jax.data.emoji import default_directory
 from m2jax.data.emoji import load as load_emoji
+from m2jax.eval import report_rankings as rankings
 from m2jax.eval.emoji import Scored
 from m2jax.obs.metrics import read_rows
 
-EXAMPLES = 12  # drawings shown per style, every n-th of the set: none is picked by its result
-CONFUSIONS = 10
+LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 CURVES = ("loss", "samples_per_s", "learning_rate", "scale")
 
 STYLE = """
@@ -31,7 +31,9 @@ td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}
 .cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(19rem,1fr));gap:.8rem}
 .card{display:flex;gap:.8rem;background:var(--soft);border-radius:.5rem;padding:.6rem}
 .card img{width:64px;height:64px;background:#fff;border-radius:.3rem;flex:none}
-.card ol{margin:0;padding-left:1.2rem}.right{color:var(--good);font-weight:600}
+.card ol{margin:0;padding-left:1.2rem}.strip{display:flex;gap:.3rem;align-items:center}
+.strip img{width:44px;height:44px;background:#fff;border-radius:.3rem;border:2px solid #0000}
+.strip img.right{border-color:var(--good)}.right{color:var(--good);font-weight:600}
 .curves{display:grid;grid-template-columns:repeat(auto-fill,minmax(15rem,1fr));gap:1rem}
 svg{width:100%;height:auto}pre{background:var(--soft);padding:.8rem;overflow:auto}
 """
@@ -48,12 +50,16 @@ def write_report(
         _headline(metrics),
         "<h2>Curves</h2>" + _curves(rows),
     ]
+    sections.append(rankings.groups(scored, data))
     for row in scored:
-        sections.append(_examples(row, data))
+        sections.append(rankings.examples(row, data))
+    for row in scored[:2]:  # one style, in each language
+        sections.append(rankings.searches(row, data))
     for row in scored[:1]:
-        sections.append(_confusions(row, data))
+        sections += [rankings.mistakes(row, data), rankings.neighbours(row, data)]
     config = html.escape((workdir / "config.json").read_text(encoding="utf-8"))
     sections.append(f"<h2>Drawings and names</h2><pre>{html.escape(data.attribution)}</pre>")
+    sections.append(f"<h2>Versions</h2><p>{html.escape(versions())}</p>")
     sections.append(f"<h2>Config</h2><details><summary>show</summary><pre>{config}</pre></details>")
     page = (
         "<!doctype html><html lang=en><meta charset=utf-8><title>m2jax report</title>"
@@ -63,6 +69,13 @@ def write_report(
     temporary = workdir / "report.html.tmp"
     temporary.write_text(page, encoding="utf-8")
     os.replace(temporary, workdir / "report.html")
+
+
+def versions() -> str:
+    """What the run was made with, on one line."""
+    found = [f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES]
+    machine = f"Python {platform.python_version()} on {platform.system()} {platform.machine()}"
+    return ", ".join([f"m2jax {__version__}", *found, machine, f"{os.cpu_count()} cores"])
 
 
 def _headline(metrics: Mapping[str, float]) -> str:
@@ -111,51 +124,3 @@ def _line(points: Sequence[tuple[float, float]]) -> str:
         f"step {x[0]:.0f}: {y[0]:.4g}</text><text x=300 y=118 font-size=11 fill=currentColor "
         f"text-anchor=end>step {x[-1]:.0f}: {y[-1]:.4g}</text></svg>"
     )
-
-
-def _examples(row: Scored, data: EmojiData) -> str:
-    """Every n-th drawing with its best five names, the right ones marked."""
-    step = max(len(row.drawings) // EXAMPLES, 1)
-    cards = []
-    for index in range(0, len(row.drawings), step)[:EXAMPLES]:
-        best = np.argsort(-row.scores[index])[:5]
-        items = "".join(
-            f"<li{' class=right' if row.right[index, j] else ''}>"
-            f"{html.escape(data.concepts[row.candidates[j]].names[row.language])}"
-            for j in best
-        )
-        truth = data.concepts[int(row.drawings.concept[index])].names[row.language]
-        cards.append(
-            f"<div class=card>{_image(row.drawings.images[index], truth)}<ol>{items}</ol></div>"
-        )
-    title = html.escape(f"{row.style}, {row.language}: one drawing in {step} and its five names")
-    return f"<h2>{title}</h2><div class=cards>{''.join(cards)}</div>"
-
-
-def _confusions(row: Scored, data: EmojiData) -> str:
-    """The wrong first names the model is surest of, beside the drawing's own."""
-    first = np.argmax(row.scores, axis=1)
-    wrong = ~row.right[np.arange(len(first)), first]
-    sure = np.where(wrong, row.scores.max(axis=1), -np.inf)
-    lines = []
-    for index in np.argsort(-sure)[: min(CONFUSIONS, int(wrong.sum()))]:
-        own = data.concepts[int(row.drawings.concept[index])].names[row.language]
-        taken = row.candidates[first[index]]
-        other = np.flatnonzero(row.drawings.concept == taken)
-        picture = _image(row.drawings.images[other[0]], "") if len(other) else ""
-        name = data.concepts[taken].names[row.language]
-        lines.append(
-            f"<div class=card>{_image(row.drawings.images[index], own)}<span>{html.escape(own)}"
-            f"<br>taken for <b>{html.escape(name)}</b></span>{picture}</div>"
-        )
-    title = html.escape(f"{row.style}, {row.language}: the surest mistakes")
-    return f"<h2>{title}</h2><div class=cards>{''.join(lines)}</div>"
-
-
-def _image(rgba: np.ndarray, title: str) -> str:
-    """An <img> that carries its own bytes."""
-    out = io.BytesIO()
-    Image.fromarray(rgba).save(out, "PNG", optimize=True)
-    code = base64.b64encode(out.getvalue()).decode()
-    name = html.escape(title, quote=True)
-    return f"<img alt='{name}' title='{name}' src='data:image/png;base64,{code}'>"

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from m2jax.data.emoji import Concept, Drawings
-from m2jax.eval import baselines, metrics, report, runner
+from m2jax.eval import baselines, metrics, report_rankings, runner
 from m2jax.eval import emoji as suite
 
 
@@ -121,8 +121,29 @@ def test_the_validation_neighbours_leave_out_the_held_out_styles(monkeypatch):
 
 def test_examples_and_mistakes_are_escaped_and_name_the_concept_that_was_taken():
     row = scored([[0.0, 0, 1], [0, 1, 0], [0, 0, 1]], np.eye(3))
-    examples, mistakes = report._examples(row, Data()), report._confusions(row, Data())
+    examples, mistakes = (
+        report_rankings.examples(row, Data()),
+        report_rankings.mistakes(row, Data()),
+    )
     for page in (examples, mistakes):
         assert "<en" not in page
     assert "<li class=right>&lt;en1&gt;" in examples
     assert "&lt;en0&gt;<br>taken for <b>&lt;en2&gt;</b>" in mistakes
+
+
+def test_neighbours_are_pairs_that_like_each_others_names_and_never_one_answer():
+    scores = np.array([[0.1, 0.9, 0.0], [0.8, 0.2, 0.0], [0.0, 0.0, 1.0]])
+    first = report_rankings.neighbours(scored(scores, np.eye(3)), Data()).split("<div class=card>")
+    assert "&lt;en0&gt;<br>&lt;en1&gt;" in first[1]
+    alike = np.eye(3)
+    alike[0, 1] = alike[1, 0] = 1  # one drawing, two names: no confusion
+    rest = report_rankings.neighbours(scored(scores, alike), Data())
+    assert "&lt;en0&gt;<br>&lt;en1&gt;" not in rest
+
+
+def test_searches_frame_the_right_drawings_alone_and_groups_count_them():
+    row = scored([[0.0, 0, 1], [0, 1, 0], [0, 0, 1]], np.eye(3))
+    page = report_rankings.searches(row, Data())
+    assert page.count("class=right") == 3  # every name's own drawing is among five of three
+    shares = report_rankings.groups([row], Data())
+    assert "67 <small>of 3</small>" in shares

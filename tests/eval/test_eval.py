@@ -47,6 +47,17 @@ def test_wilson_interval_against_published_values():
     assert metrics.wilson(0, 0) == (0, 0, 1)
 
 
+def test_the_mean_recall_interval_covers_what_a_binomial_would():
+    ranks = np.where(np.random.default_rng(1).random(400) < 0.3, 0, 50)
+    share = metrics.mean_recall([ranks], [1])
+    wilson = metrics.wilson(int((ranks < 1).sum()), 400)
+    np.testing.assert_allclose(share, wilson, atol=0.006)
+    both = metrics.mean_recall([ranks, np.zeros(400, int)], [1, 5])
+    np.testing.assert_allclose(both.value, (share.value + 1) / 2)
+    assert (both.high - both.low) < 0.6 * (share.high - share.low)  # half the spread in one way
+    assert metrics.mean_recall([np.zeros(3, int)], [1]) == (1, 1, 1)
+
+
 def picture(colour):
     image = np.zeros((64, 64, 4), np.uint8)
     image[..., :3] = colour

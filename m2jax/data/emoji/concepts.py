@@ -16,7 +16,18 @@ from typing import Any
 
 LANGUAGES = ("en", "zh")
 COMPONENT_GROUP = 2  # skin tones and hair: no concepts of their own
-FLAG_GROUP = 9
+GROUPS = (  # emojibase's numbers 0 to 9
+    "smileys and emotion",
+    "people and body",
+    "components",
+    "animals and nature",
+    "food and drink",
+    "travel and places",
+    "activities",
+    "objects",
+    "symbols",
+    "flags",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
