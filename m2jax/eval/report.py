@@ -12,14 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from m2jax import __version__
 from m2jax.data.emoji import default_directory
 from m2jax.data.emoji import load as load_emoji
 from m2jax.eval import report_rankings as rankings
 from m2jax.eval.emoji import Scored
 from m2jax.obs.metrics import read_rows
 
-LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+LIBRARIES = ("m2jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 CURVES = ("loss", "samples_per_s", "learning_rate", "scale")
 
 STYLE = """
@@ -75,7 +74,7 @@ def versions() -> str:
     """What the run was made with, on one line."""
     found = [f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES]
     machine = f"Python {platform.python_version()} on {platform.system()} {platform.machine()}"
-    return ", ".join([f"m2jax {__version__}", *found, machine, f"{os.cpu_count()} cores"])
+    return ", ".join([*found, machine, f"{os.cpu_count()} cores"])
 
 
 def _headline(metrics: Mapping[str, float]) -> str:
