@@ -161,3 +161,11 @@ def drop_path(
     keep = 1.0 - rate
     kept = jax.random.bernoulli(rng, keep, (x.shape[0],) + (1,) * (x.ndim - 1))
     return jnp.where(kept, x / jnp.asarray(keep, x.dtype), jnp.zeros((), x.dtype))
+
+
+def rematerialise(layer: Callable[..., jax.Array], policy: str) -> Callable[..., jax.Array]:
+    """What the backward pass recomputes: nothing, all but matrix products, or all of a layer."""
+    if policy == "none":
+        return layer
+    policies = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+    return jax.checkpoint(layer, policy=policies[policy])
