@@ -25,7 +25,7 @@ from m2jax import config as config_lib
 from m2jax.checkpoint import manager
 from m2jax.config import UserError
 from m2jax.data.image import Preprocess
-from m2jax.data.text import SentencePieceTokenizer, Tokens, tokenizer_from_dict
+from m2jax.data.text import Tokenizer, Tokens, tokenizer_from_dict
 from m2jax.dist.sharding import AxisRules
 from m2jax.models import params as params_lib
 from m2jax.models.m2 import M2Encoder
@@ -39,7 +39,7 @@ class Bundle:
     config: config_lib.Model
     graph: nnx.GraphDef
     params: Params
-    tokenizer: SentencePieceTokenizer
+    tokenizer: Tokenizer | None  # an imported model may come without one
     preprocessing: Preprocess
 
     @property
@@ -62,7 +62,15 @@ class Bundle:
         return _text_features(self.graph, self.params, jnp.asarray(ids), jnp.asarray(mask))
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:
-        """Token ids and mask of texts, ready for ``encode_text``."""
+        """Token ids and mask of texts, ready for ``encode_text``.
+
+        Raises:
+            UserError: the model was imported without a tokenizer.
+        """
+        if self.tokenizer is None:
+            raise UserError(
+                f"{self.config.name}: has no tokenizer: import it again with --tokenizer DIR"
+            )
         return self.tokenizer(texts)
 
     def preprocess(self, images: Sequence[Image.Image]) -> Float[np.ndarray, "batch size size 3"]:
@@ -96,7 +104,8 @@ def load(
     """Loads a trained model.
 
     Args:
-        path: a work directory (its newest checkpoint is taken) or one checkpoint folder.
+        path: a work directory (its newest checkpoint is taken), one checkpoint folder, or a model
+            folder made by ``convert``.
         dtype: precision of the computation; parameters keep theirs.
         mesh: where the parameters are laid out by the usual rules; one device if not given.
 
@@ -108,6 +117,7 @@ def load(
         raise UserError(f"{directory}: no such directory: name a work directory or a checkpoint")
     checkpoint = directory if (directory / "bundle").is_dir() else manager.newest(directory)
     saved = manager.read_bundle(checkpoint)
+    tokenizer = saved.assets["tokenizer"]
     model = dataclasses.replace(saved.experiment.model, dtype=dtype)
     abstract = params_lib.abstract(model)
     place = (
@@ -124,7 +134,7 @@ def load(
         model,
         abstract.graph,
         manager.read_params(checkpoint.absolute(), shapes),
-        tokenizer_from_dict(saved.assets["tokenizer"]),
+        None if tokenizer is None else tokenizer_from_dict(tokenizer),
         Preprocess(**saved.assets["preprocess"]),
     )
 

@@ -42,11 +42,7 @@ class Checkpoints:
         self, workdir: Path, experiment: config_lib.Experiment, assets: dict[str, Any]
     ) -> None:
         self._experiment = experiment
-        self._bundle = {
-            "format": FORMAT,
-            "config": config_lib.to_json(experiment),
-            "assets": assets,
-        }
+        self._bundle = bundle_item(experiment, assets)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=experiment.checkpoint.keep, enable_async_checkpointing=True
         )
@@ -106,6 +102,11 @@ class Saved(NamedTuple):
 
     experiment: config_lib.Experiment
     assets: dict[str, Any]
+
+
+def bundle_item(experiment: config_lib.Experiment, assets: dict[str, Any]) -> dict[str, Any]:
+    """What makes parameters usable by someone else, as JSON; ``read_bundle`` is the inverse."""
+    return {"format": FORMAT, "config": config_lib.to_json(experiment), "assets": assets}
 
 
 def folder(workdir: Path) -> Path:

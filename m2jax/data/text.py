@@ -6,7 +6,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import sentencepiece as spm
@@ -22,6 +22,18 @@ class Tokens(NamedTuple):
 
     ids: Int32[np.ndarray, "batch length"]
     mask: Bool[np.ndarray, "batch length"]  # True for tokens, False for padding
+
+
+class Tokenizer(Protocol):
+    """Texts to token ids; each kind of ``to_dict`` has its line in ``tokenizer_from_dict``."""
+
+    def __call__(self, texts: Sequence[str]) -> Tokens:
+        """Tokenises texts; any string will do, the empty one included."""
+        ...
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps, its ``kind`` included."""
+        ...
 
 
 class SentencePieceTokenizer:
