@@ -24,10 +24,12 @@ from PIL import Image
 from m2jax import config as config_lib
 from m2jax.checkpoint import manager
 from m2jax.config import UserError
+from m2jax.config_dual import Architecture
 from m2jax.data.image import Preprocess
 from m2jax.data.text import Tokenizer, Tokens, tokenizer_from_dict
 from m2jax.dist.sharding import AxisRules
 from m2jax.models import params as params_lib
+from m2jax.models.dual import DualEncoder
 from m2jax.models.m2 import M2Encoder
 from m2jax.models.params import Params
 
@@ -36,14 +38,14 @@ from m2jax.models.params import Params
 class Bundle:
     """A dual encoder, ready to use."""
 
-    config: config_lib.Model
+    config: Architecture
     graph: nnx.GraphDef
     params: Params
     tokenizer: Tokenizer | None  # an imported model may come without one
     preprocessing: Preprocess
 
     @property
-    def model(self) -> M2Encoder:
+    def model(self) -> M2Encoder | DualEncoder:
         """The module itself, for what the methods below do not offer."""
         return params_lib.bind(self.graph, self.params)
 
@@ -82,8 +84,9 @@ class Bundle:
         image_features: Float[Array, "images dim"],
         text_features: Float[Array, "texts dim"],
     ) -> Float[Array, "images texts"]:
-        """Cosines times exp(logit_scale), as the release's demo has it (spec section 6)."""
-        return jnp.exp(self.params["logit_scale"]) * (image_features @ text_features.T)
+        """Cosines times exp(logit_scale), plus logit_bias where the model has one (SigLIP)."""
+        scaled = jnp.exp(self.params["logit_scale"]) * (image_features @ text_features.T)
+        return scaled + self.params.get("logit_bias", 0.0)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -118,7 +121,7 @@ def load(
     checkpoint = directory if (directory / "bundle").is_dir() else manager.newest(directory)
     saved = manager.read_bundle(checkpoint)
     tokenizer = saved.assets["tokenizer"]
-    model = dataclasses.replace(saved.experiment.model, dtype=dtype)
+    model = dataclasses.replace(saved.model, dtype=dtype)
     abstract = params_lib.abstract(model)
     place = (
         jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), abstract.params)

@@ -82,6 +82,11 @@ class Dual:
     remat: str = "none"  # none | full | dots: what the backward pass recomputes
     unroll: int = 1  # layers per iteration of the scan; >= the depth unrolls it
 
+    @property
+    def name(self) -> str:
+        """What messages call the model."""
+        return self.family
+
 
 Architecture = Model | Dual
 

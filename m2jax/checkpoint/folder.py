@@ -14,9 +14,9 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
-from m2jax import config as config_lib
 from m2jax.checkpoint import manager
 from m2jax.config import UserError
+from m2jax.config_dual import Architecture
 
 WRITING_GB = 1  # of parameters on their way to disk at any time
 
@@ -35,7 +35,7 @@ def check_absent(directory: Path) -> None:
 
 def write(
     directory: Path,
-    model: config_lib.Model,
+    model: Architecture,
     params: Any,
     *,
     tokenizer: Mapping[str, Any] | None,
@@ -55,7 +55,7 @@ def write(
     """
     check_absent(directory)
     assets = {"tokenizer": tokenizer, "preprocess": preprocess}
-    bundle = manager.bundle_item(config_lib.Experiment(model=model), assets)
+    bundle = manager.bundle_item(model, assets)
     handlers = ocp.CompositeCheckpointHandler(
         state=ocp.PyTreeCheckpointHandler(save_concurrent_gb=WRITING_GB),
         bundle=ocp.JsonCheckpointHandler(),

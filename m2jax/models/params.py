@@ -58,8 +58,8 @@ def initialise(cfg: Architecture, rng: jax.Array) -> Params:
     return nnx.to_pure_dict(nnx.state(create(cfg, nnx.Rngs(params=rng))))
 
 
-def bind(graph: nnx.GraphDef, params: Params) -> M2Encoder:
-    """The callable model."""
+def bind(graph: nnx.GraphDef, params: Params) -> Any:
+    """The callable model: the ``M2Encoder`` or ``DualEncoder`` the graph is of."""
     return nnx.merge(graph, params)
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where each tensor of a CLIP, SigLIP or Chinese-CLIP release lives here.
 
-One table per layout, written as ``name there -> Rule(names here, turn)`` with ``{n}`` for the layer.
+One table per layout: ``name there -> Rule(names here, turn)``, with ``{n}`` for the layer.
 ``slots`` fills in the layers and leaves out what a config does not have, so a table is at once the
 list of names a file must hold, the way in and the way out. Layouts: ``hf`` (transformers) and
 ``open-clip`` (open_clip's; for Chinese-CLIP, which open_clip cannot hold, the authors' cn_clip).
@@ -9,6 +9,7 @@ list of names a file must hold, the way in and the way out. Layouts: ``hf`` (tra
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -20,7 +21,10 @@ from m2jax.config_dual import Dual
 LAYOUTS = ("hf", "open-clip")
 
 # Names of files that no forward pass of these models reads: buffers, and BERT's unused pooler.
-IGNORED = r"(.*\.)?position_ids|(text_model|bert)\.pooler\..*|(input_resolution|context_length|vocab_size)"
+IGNORED = re.compile(
+    r"(.*\.)?position_ids|(text_model|bert)\.pooler\..*"
+    r"|input_resolution|context_length|vocab_size"
+)
 
 
 class Rule(NamedTuple):
@@ -40,14 +44,16 @@ class Slot(NamedTuple):
 
     def inward(self, tensor: Shaped[np.ndarray, ...]) -> list[Shaped[np.ndarray, ...]]:
         """The file's tensor as our parameters, in the order of the rule's names."""
-        parts = np.split(tensor.reshape(tensor.shape[self.rule.ones :]), len(self.rule.names))
+        tensor = tensor.reshape(tensor.shape[self.rule.ones :])
+        fused = len(self.rule.names) > 1
+        parts = np.split(tensor, len(self.rule.names)) if fused else [tensor]
         return [_TURNS[self.rule.turn](part) for part in parts]
 
     def outward(self, arrays: list[Shaped[np.ndarray, ...]]) -> Shaped[np.ndarray, ...]:
         """Our parameters as the file's tensor."""
         parts = [_BACK[self.rule.turn](array) for array in arrays]
         tensor = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        return np.ascontiguousarray(tensor).reshape((1,) * self.rule.ones + tensor.shape)
+        return tensor.reshape((1,) * self.rule.ones + tensor.shape)
 
 
 _TURNS = {"": lambda x: x, "T": np.transpose, "conv": lambda x: x.transpose(2, 3, 1, 0)}
@@ -151,7 +157,7 @@ def _bert(theirs: str, *, last: Table) -> Table:
 
 
 def _hf_vision() -> Table:
-    """transformers' vision towers, all three families."""
+    """The vision towers of transformers, all three families."""
     at, head = "vision_model", "vision_model.head"
     table = {
         f"{at}.embeddings.class_embedding": Rule(("vision.cls_token",)),
@@ -174,7 +180,7 @@ def _mlp(theirs: str, ours: str) -> Table:
 
 
 def _hf_text(head: str) -> Table:
-    """transformers' CLIP and SigLIP text towers."""
+    """The CLIP and SigLIP text towers of transformers."""
     at = "text_model"
     table = {
         f"{at}.embeddings.token_embedding.weight": Rule(("text.embed",)),
@@ -207,7 +213,7 @@ def _openai_text(prefix: str, head: Table) -> Table:
 
 
 def _timm_vision(at: str) -> Table:
-    """timm's vision transformer with attention pooling, as open_clip's SigLIP holds it."""
+    """A timm vision transformer with attention pooling, as open_clip's SigLIP holds it."""
     blocks, to, pool = f"{at}.blocks.{{n}}", "vision.stack.blocks", f"{at}.attn_pool"
     table = {
         f"{at}.pos_embed": Rule(("vision.positions",), ones=1),
@@ -239,5 +245,7 @@ _TABLES: Mapping[tuple[str, str], Table] = {
     ("siglip", "open-clip"): _timm_vision("visual.trunk")
     | _openai_text("text.", _linear("text.text_projection", "text.head"))
     | _scalars(0),
-    ("chinese-clip", "open-clip"): _openai_vision() | _bert("bert", last=_HEAD_MATRIX) | _scalars(0),
+    ("chinese-clip", "open-clip"): _openai_vision()
+    | _bert("bert", last=_HEAD_MATRIX)
+    | _scalars(0),
 }
