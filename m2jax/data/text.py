@@ -82,6 +82,8 @@ class SentencePieceTokenizer:
 _KINDS = {
     "sentencepiece": ("m2jax.data.text", "SentencePieceTokenizer"),
     "glm": ("m2jax.data.glm", "GLMTokenizer"),
+    "siglip": ("m2jax.data.siglip_text", "SiglipTokenizer"),
+    "tokenizer.json": ("m2jax.data.hf_text", "FastTokenizer"),
 }
 
 
