@@ -95,8 +95,10 @@ def check(cfg: Dual, where: str = "config") -> Dual:
     """Returns ``cfg`` when its parts fit together.
 
     Raises:
-        UserError: a value out of its choices, a size below 1, or sizes that do not fit.
+        UserError: a value of the wrong type or out of its choices, a size below 1, or sizes that
+            do not fit.
     """
+    cfg = from_mapping(Dual, dataclasses.asdict(cfg), where)  # every value is of its type
     choices = [
         ("family", cfg.family, FAMILIES),
         ("vision.activation", cfg.vision.activation, _CHOICES["activation"]),
@@ -126,8 +128,11 @@ def check(cfg: Dual, where: str = "config") -> Dual:
             f"{where}: vision.image_size={cfg.vision.image_size}: smaller than vision.patch_size="
             f"{cfg.vision.patch_size}: mend the config"
         )
-    if len(cfg.vision.mean) != 3 or len(cfg.vision.std) != 3 or min(cfg.vision.std) <= 0:
-        raise UserError(f"{where}: vision.mean, std: three numbers each, std above 0: mend it")
+    for key, numbers in (("mean", cfg.vision.mean), ("std", cfg.vision.std)):
+        if len(numbers) != 3 or not all(type(x) in (int, float) for x in numbers):
+            raise UserError(f"{where}: vision.{key}={numbers!r}: expected three numbers")
+    if min(cfg.vision.std) <= 0:
+        raise UserError(f"{where}: vision.std={cfg.vision.std!r}: must be above 0: mend it")
     if not cfg.vision.projection and cfg.vision.width != cfg.out_dim:
         raise UserError(
             f"{where}: vision.width={cfg.vision.width}: without a projection it must equal "

@@ -182,7 +182,7 @@ def test_config_json_round_trip(family):
         (Dual(text=Text(layers=0)), "text.layers=0"),
         (Dual(text=Text(pooling="mean")), "argmax"),
         (Dual(vision=Vision(image_size=16)), "smaller than vision.patch_size"),
-        (Dual(vision=Vision(std=(1.0, 0.0, 1.0))), "std above 0"),
+        (Dual(vision=Vision(std=(1.0, 0.0, 1.0))), "vision.std.*above 0"),
         (Dual(vision=Vision(projection=False)), "without a projection"),
         (Dual(dtype="float8"), "dtype"),
     ],

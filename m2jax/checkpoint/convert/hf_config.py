@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from m2jax.checkpoint.convert.keys import check_keys, same_function
+from m2jax.checkpoint.convert.keys import check_keys, numbers, same_function
 from m2jax.config import UserError
 from m2jax.config_dual import Dual, Text, Vision, check
 
@@ -146,7 +146,7 @@ _IDLE = {
 
 def is_ours(config: Mapping[str, Any]) -> bool:
     """Whether a ``config.json`` is of a model this module reads."""
-    return config.get("model_type") in FAMILIES
+    return str(config.get("model_type")) in FAMILIES
 
 
 def read(config: Mapping[str, Any], normalisation: Mapping[str, Any], where: str) -> Dual:
@@ -191,8 +191,8 @@ def read(config: Mapping[str, Any], normalisation: Mapping[str, Any], where: str
             pre_norm=not siglip,
             pooling="map" if siglip else "cls",
             projection=not siglip,
-            mean=tuple(normalisation.get("image_mean", mean)),
-            std=tuple(normalisation.get("image_std", std)),
+            mean=numbers(normalisation.get("image_mean", mean)),
+            std=numbers(normalisation.get("image_std", std)),
         ),
         text=_text(family, text, where),
         out_dim=out_dim,

@@ -41,6 +41,11 @@ def check_keys(
             )
 
 
+def numbers(value: Any) -> tuple[float, ...]:
+    """The numbers of a JSON list; anything else as one value, for ``check`` to refuse by name."""
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
 def same_function(a: Dual, b: Dual) -> bool:
     """Whether two configs describe one function; ``eos_id`` counts where it is read."""
 

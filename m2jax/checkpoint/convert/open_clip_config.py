@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from m2jax.checkpoint.convert.keys import check_keys, same_function
+from m2jax.checkpoint.convert.keys import check_keys, numbers, same_function
 from m2jax.config import UserError
 from m2jax.config_dual import Dual, Text, Tower, Vision, check
 
@@ -273,4 +273,4 @@ def _eps(part: Mapping[str, Any], where: str) -> float:
 
 def _normalisation(pre: Any, mean: tuple[float, ...], std: tuple[float, ...]) -> dict[str, Any]:
     given = pre if isinstance(pre, Mapping) else {}
-    return {"mean": tuple(given.get("mean", mean)), "std": tuple(given.get("std", std))}
+    return {"mean": numbers(given.get("mean", mean)), "std": numbers(given.get("std", std))}
