@@ -6,11 +6,11 @@ import dataclasses
 
 import pytest
 
-from m2jax.checkpoint.convert import cn_clip, dual, hf_config, open_clip_config
+from m2jax.checkpoint.convert import cn_clip, dual_tensors, hf_config, open_clip_config
 from m2jax.checkpoint.convert.keys import same_function
 from m2jax.config import UserError
 from m2jax.config_dual import FAMILIES, Dual, Vision
-from tests.models.dual_toys import TOYS, random_params
+from tests.models.dual_toys import TOYS
 
 # The config.json of openai/clip-vit-base-patch32 in the parts that count.
 CLIP_HF = {
@@ -214,8 +214,7 @@ def wide_heads(cfg):
 
 def test_cn_clip_shapes_say_the_config():
     cfg = wide_heads(TOYS["chinese-clip"])
-    tensors = dict(dual.outward(random_params(cfg), cfg, "open-clip"))
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    shapes = dual_tensors.shapes(cfg, "open-clip")
     assert cn_clip.is_ours(shapes)
     assert same_function(cn_clip.infer(shapes, "x"), cfg)
     del shapes["text_projection"]

@@ -6,6 +6,7 @@ import dataclasses
 import jax
 import numpy as np
 
+from m2jax.checkpoint.convert import dual_tensors, place
 from m2jax.config_dual import Dual, Text, Vision
 from m2jax.models import params as params_lib
 
@@ -71,3 +72,12 @@ def inputs(cfg, batch=4):
     mask = np.arange(length) < np.array([length, 4, 7, 3])[:batch, None]
     ids[~mask] = 0
     return pixels, ids, mask
+
+
+def placed(tensors, cfg, layout, where="x"):
+    """The parameters made of a release's tensors, on one device."""
+    model = params_lib.abstract(cfg)
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    places = jax.tree.map(lambda _: one, model.params)
+    parts = dual_tensors.pieces(tensors, cfg, layout, where)
+    return place.place(model, places, parts, fresh=lambda names: {})
