@@ -22,11 +22,13 @@ from jaxtyping import Array, Bool, Float, Int
 from PIL import Image
 
 from m2jax import config as config_lib
-from m2jax.checkpoint import manager
+from m2jax.checkpoint import hub, manager
+from m2jax.checkpoint.convert import inward
 from m2jax.config import UserError
 from m2jax.config_dual import Architecture
 from m2jax.data.image import Preprocess
 from m2jax.data.text import Tokenizer, Tokens, tokenizer_from_dict
+from m2jax.dist.mesh import make_mesh
 from m2jax.dist.sharding import AxisRules
 from m2jax.models import params as params_lib
 from m2jax.models.dual import DualEncoder
@@ -107,31 +109,31 @@ def load(
     """Loads a trained model.
 
     Args:
-        path: a work directory (its newest checkpoint is taken), one checkpoint folder, or a model
-            folder made by ``convert``.
+        path: a work directory (its newest checkpoint is taken), one checkpoint folder, a model
+            folder made by ``convert``, a folder made by ``export``, or ``hf:OWNER/NAME`` (with
+            ``@REVISION`` if need be): such a folder on the Hugging Face Hub.
         dtype: precision of the computation; parameters keep theirs.
         mesh: where the parameters are laid out by the usual rules; one device if not given.
 
     Raises:
         UserError: there is no such directory, or nothing readable in it.
     """
-    directory = Path(path)
+    directory = hub.download(path) if hub.is_hub(path) else Path(path)
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory: name a work directory or a checkpoint")
+    mesh = mesh or make_mesh(config_lib.Mesh(), jax.devices()[:1])
+    arch = inward.detect(directory)
+    if arch is not None:
+        return _load_exported(directory, arch, dtype, mesh)
     checkpoint = directory if (directory / "bundle").is_dir() else manager.newest(directory)
     saved = manager.read_bundle(checkpoint)
     tokenizer = saved.assets["tokenizer"]
     model = dataclasses.replace(saved.model, dtype=dtype)
     abstract = params_lib.abstract(model)
-    place = (
-        jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), abstract.params)
-        if mesh is None
-        else params_lib.shardings(abstract, mesh, AxisRules())
-    )
     shapes = jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
         abstract.params,
-        place,
+        params_lib.shardings(abstract, mesh, AxisRules()),
     )
     return Bundle(
         model,
@@ -140,6 +142,14 @@ def load(
         None if tokenizer is None else tokenizer_from_dict(tokenizer),
         Preprocess(**saved.assets["preprocess"]),
     )
+
+
+def _load_exported(directory: Path, arch: str, dtype: str, mesh: Mesh) -> Bundle:
+    """A folder in another format, read as ``convert`` reads it but not checked."""
+    imported = inward.read(directory, arch=arch, mesh=mesh)
+    model = dataclasses.replace(imported.config, dtype=dtype)
+    graph = params_lib.abstract(model).graph
+    return Bundle(model, graph, imported.params, imported.tokenizer, imported.preprocess)
 
 
 def list_models() -> list[str]:

@@ -370,7 +370,7 @@ _CHOICES: Mapping[tuple[type, str], tuple[str, ...]] = types.MappingProxyType(
     {
         (Model, "init"): ("torch", "scaled"),
         (Model, "dtype"): ("bfloat16", "float32", "float64"),
-        (Model, "param_dtype"): ("bfloat16", "float32", "float64"),
+        (Model, "param_dtype"): ("bfloat16", "float16", "float32", "float64"),
         (Model, "remat"): ("none", "full", "dots"),
         (Optim, "name"): ("adamw", "adafactor", "lion", "muon"),
         (Optim, "schedule"): ("cosine", "linear", "constant"),

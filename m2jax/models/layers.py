@@ -119,8 +119,10 @@ def normed(norm: LayerNorm, *linears: Linear) -> Callable[[Float[Array, "... i"]
     cuts = [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)]
 
     def apply(x: jax.Array) -> list[jax.Array]:
-        folded = (scale[:, None] * kernel).astype(x.dtype)
-        y = standardise(x, norm.eps) @ folded + (shift @ kernel + bias).astype(x.dtype)
+        wide = jnp.promote_types(x.dtype, kernel.dtype)  # half-precision weights lose no bit here
+        g, b, w, c = (array.astype(wide) for array in (scale, shift, kernel, bias))
+        folded = (g[:, None] * w).astype(x.dtype)
+        y = standardise(x, norm.eps) @ folded + (b @ w + c).astype(x.dtype)
         return jnp.split(y, cuts, axis=-1)
 
     return apply

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weight files as named arrays that take no memory: views of the mapped file.
+
+The format is told by the file's first bytes, never by its name. Files are hostile until checked: no
+reader here runs anything a file asks for.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from m2jax.checkpoint.convert import safetensors_file, torch_zip
+from m2jax.config import UserError
+
+SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")  # looked for in a folder, in this order
+
+
+class Weights(NamedTuple):
+    """What a weight file holds."""
+
+    file: Path
+    content: Mapping[str, Any]  # arrays by name, or the nested containers of a torch file
+
+
+def find(source: Path) -> Path:
+    """The weight file that ``source`` names: itself, or the only one of its kind in a folder.
+
+    Raises:
+        UserError: there is none, or several.
+    """
+    if source.is_file():
+        return source
+    if not source.is_dir():
+        raise UserError(f"{source}: no such file: name a checkpoint or a folder that holds one")
+    for suffix in SUFFIXES:
+        found = sorted(source.glob(f"*{suffix}"))
+        if len(found) > 1:
+            names = ", ".join(p.name for p in found[:4])
+            raise UserError(f"{source}: holds several weight files ({names}): name one of them")
+        if found:
+            return found[0]
+    raise UserError(f"{source}: holds no weight file ({', '.join(SUFFIXES)}): name another folder")
+
+
+def read(source: Path) -> Weights:
+    """Opens the weight file that ``source`` names.
+
+    Raises:
+        UserError: no weight file, of an unknown kind, truncated, damaged, or asking for more than
+            tensors and plain containers.
+    """
+    file = find(source)
+    try:
+        with file.open("rb") as handle:
+            mapped = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
+        reason = getattr(error, "strerror", None) or "is empty"
+        raise UserError(f"{file}: cannot be read ({reason}): check the path") from None
+    head = mapped[:9]
+    if head[:4] == b"PK\x03\x04":
+        return Weights(file, torch_zip.read(file, mapped))
+    if head[8:9] == b"{":
+        return Weights(file, safetensors_file.read(file, mapped))
+    if head[:1] == b"\x80":
+        raise UserError(
+            f"{file}: a torch file of before version 1.6: load it with torch and save it again"
+        )
+    raise UserError(f"{file}: neither a safetensors nor a torch file: name a checkpoint")
