@@ -20,6 +20,7 @@ _CHOICES = {
     "image_pooling": ("cls", "map"),
     "text_pooling": ("argmax", "eos", "last", "first"),
     "dtype": ("bfloat16", "float32", "float64"),
+    "param_dtype": ("bfloat16", "float16", "float32", "float64"),
     "remat": ("none", "full", "dots"),
 }
 
@@ -106,7 +107,7 @@ def check(cfg: Dual, where: str = "config") -> Dual:
         ("vision.pooling", cfg.vision.pooling, _CHOICES["image_pooling"]),
         ("text.pooling", cfg.text.pooling, _CHOICES["text_pooling"]),
         ("dtype", cfg.dtype, _CHOICES["dtype"]),
-        ("param_dtype", cfg.param_dtype, _CHOICES["dtype"]),
+        ("param_dtype", cfg.param_dtype, _CHOICES["param_dtype"]),
         ("remat", cfg.remat, _CHOICES["remat"]),
     ]
     for key, value, allowed in choices:

@@ -35,7 +35,11 @@ def _add_import(ways: Any) -> None:
     parser.add_argument("src", type=Path, metavar="SRC", help="weight file, or a folder with one")
     parser.add_argument("dst", type=Path, metavar="DST", help="model folder to make")
     parser.add_argument(
-        "--arch", required=True, metavar="NAME|FILE.json", help="e.g. m2-encoder-0.4b, -1b, -10b"
+        "--arch",
+        default="",
+        metavar="NAME|FILE.json",
+        help="m2-encoder-0.4b, -1b, -10b, clip, siglip, chinese-clip, or the release's config file "
+        "(default: the one beside the weights)",
     )
     parser.add_argument(
         "--tokenizer", type=Path, metavar="DIR", help="release folder (default: that of SRC)"
@@ -69,7 +73,10 @@ def _add_export(ways: Any) -> None:
     parser.add_argument("src", type=Path, metavar="SRC", help="a model or work directory")
     parser.add_argument("dst", type=Path, metavar="DST", help="folder to make")
     parser.add_argument(
-        "--format", required=True, metavar="NAME", help="m2-torch: official names, safetensors"
+        "--format",
+        required=True,
+        metavar="NAME",
+        help="m2-torch, or hf, open-clip for the CLIP family",
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.set_defaults(run=run_export)

@@ -15,16 +15,9 @@ from typing import Any
 import numpy as np
 
 from m2jax.config import UserError
-from m2jax.data.siglip_text import canonical
 from m2jax.data.text import Tokens, well_formed
 
 START_TEXT, END_TEXT = "<|startoftext|>", "<|endoftext|>"  # CLIP's
-CLEAN = {
-    "": lambda text: text,
-    "lower": str.lower,  # SigLIP 2 was trained on lower case; its vocabulary alone is Gemma's
-    "canonical": lambda text: canonical(text, underscore=" "),  # open_clip's SigLIP
-}
-
 # CLIP's words: the contractions, runs of letters, single digits, runs of anything else.
 _CLIP_WORDS = (
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -38,24 +31,32 @@ class FastTokenizer:
         rules: text of the ``tokenizer.json``; the special tokens come from its post-processor.
         max_len: tokens per text, special ones included; what is cut is the end of the text.
         pad_id: what fills the rest.
-        clean: what happens to a text first: a key of ``CLEAN``.
 
     Raises:
         UserError: ``tokenizers`` is not installed, or cannot read the rules.
     """
 
-    def __init__(self, rules: str, max_len: int, pad_id: int, clean: str = "") -> None:
-        self.rules, self.max_len, self.pad_id, self.clean = rules, max_len, pad_id, clean
+    def __init__(self, rules: str, max_len: int, pad_id: int) -> None:
+        self.rules, self.max_len, self.pad_id = rules, max_len, pad_id
         self._tokenizer = _open(rules)
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(max_len)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, added ones included."""
+        return self._tokenizer.get_vocab_size()
+
+    @property
+    def pad_token(self) -> str:
+        """Text of the token that fills the rest."""
+        return self._tokenizer.id_to_token(self.pad_id)
 
     def __call__(self, texts: Sequence[str]) -> Tokens:
         """Tokenises texts; the empty one is the special tokens alone."""
         ids = np.full((len(texts), self.max_len), self.pad_id, np.int32)
         mask = np.zeros((len(texts), self.max_len), np.bool_)
-        cleaned = [CLEAN[self.clean](well_formed(text)) for text in texts]
-        for row, encoded in enumerate(self._tokenizer.encode_batch(cleaned)):
+        for row, encoded in enumerate(self._tokenizer.encode_batch([*map(well_formed, texts)])):
             ids[row, : len(encoded.ids)] = encoded.ids
             mask[row, : len(encoded.ids)] = True
         return Tokens(ids, mask)
@@ -67,18 +68,13 @@ class FastTokenizer:
             "rules": self.rules,
             "max_len": self.max_len,
             "pad_id": self.pad_id,
-            "clean": self.clean,
         }
 
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> FastTokenizer:
         """Inverse of ``to_dict``; see ``tokenizer_from_dict``."""
-        clean = saved.get("clean", "")
-        if clean not in CLEAN:
-            raise UserError(f"tokenizer: clean={clean!r} is unknown: update m2jax")
         try:
-            numbers = int(saved["max_len"]), int(saved["pad_id"])
-            return cls(str(saved["rules"]), *numbers, clean)
+            return cls(str(saved["rules"]), int(saved["max_len"]), int(saved["pad_id"]))
         except (KeyError, ValueError, TypeError) as error:
             raise UserError("tokenizer: damaged: use another checkpoint") from error
 
@@ -149,6 +145,26 @@ def bert_rules(vocab: Path, *, lower: bool) -> str:
     tokenizer.pre_tokenizer = tk.pre_tokenizers.BertPreTokenizer()
     special = [token for token in ("[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]") if token in ids]
     _wrap(tokenizer, "[CLS]", "[SEP]", special)
+    return tokenizer.to_str()
+
+
+def cleaned(rules: str, *, punctuation: bool) -> str:
+    """The same rules after lower case, and after SigLIP's removal of punctuation if it is to go.
+
+    SigLIP 2 was trained on lower case, which its published rules (Gemma's) leave out. The removal
+    is big_vision's ``canonicalize_text``, as open_clip applies it.
+    """
+    tk = library()
+    tokenizer = _open(rules)
+    norm = tk.normalizers
+    steps = [norm.Lowercase()]
+    if not punctuation:
+        ascii_marks = tk.Regex(r"[!-/:-@\[-`{-~]")
+        steps += [norm.Replace("_", " "), norm.Replace(ascii_marks, "")]
+        steps += [norm.Replace(tk.Regex(r"\s+"), " "), norm.Strip()]
+    if tokenizer.normalizer is not None:
+        steps.append(tokenizer.normalizer)
+    tokenizer.normalizer = norm.Sequence(steps)
     return tokenizer.to_str()
 
 

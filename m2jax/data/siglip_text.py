@@ -48,6 +48,11 @@ class SiglipTokenizer:
         if self._end == self._processor.unk_id():
             raise UserError(f"tokenizer: has no piece {END}: take spiece.model of the release")
 
+    @property
+    def vocab_size(self) -> int:
+        """Number of pieces."""
+        return self._processor.vocab_size()
+
     def __call__(self, texts: Sequence[str]) -> Tokens:
         """Tokenises texts; the empty one is the end token alone."""
         ids = np.full((len(texts), self.max_len), self._end, np.int32)

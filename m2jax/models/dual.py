@@ -127,10 +127,10 @@ class TextTower(nnx.Module):
         self, ids: Int[Array, "b l"], mask: Bool[Array, "b l"], dtype: jnp.dtype
     ) -> DualFeatures:
         """Encodes ids; ``mask`` is 1 for tokens, 0 for padding."""
-        x = self.embed[...][ids] + self.positions[...][: ids.shape[1]]
+        x = self.embed[...][ids].astype(dtype)
+        x = x + self.positions[...][: ids.shape[1]].astype(dtype)
         if self.types is not None:
-            x = x + self.types[...][0]
-        x = x.astype(dtype)
+            x = x + self.types[...][0].astype(dtype)
         if self.cfg.post_norm:
             x = self.norm(x)
         x = constrain(x, ("batch", None, None))

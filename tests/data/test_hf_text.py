@@ -66,11 +66,12 @@ def test_bert_rules(tmp_path, library):
 @torch_lane
 def test_cleaning_comes_first_and_all_is_saved(tmp_path, library):
     rules = hf_text.bert_rules(bert_file(tmp_path), lower=False)
-    made = hf_text.FastTokenizer(rules, 6, 0, "canonical")
+    made = hf_text.FastTokenizer(hf_text.cleaned(rules, punctuation=False), 6, 0)
     again = tokenizer_from_dict(made.to_dict())
-    np.testing.assert_array_equal(again(["A, Cat_PHOTO!"]).ids[0], [2, 7, 8, 10, 3, 0])
-    lowered = hf_text.FastTokenizer(rules, 6, 0, "lower")
-    np.testing.assert_array_equal(lowered(["A Cat"]).ids[0], [2, 7, 8, 3, 0, 0])
+    np.testing.assert_array_equal(again([" A, Cat_PHOTO! "]).ids[0], [2, 7, 8, 10, 3, 0])
+    lowered = hf_text.FastTokenizer(hf_text.cleaned(rules, punctuation=True), 6, 0)
+    np.testing.assert_array_equal(lowered(["A Cat!"]).ids[0], [2, 7, 8, 1, 3, 0])
+    assert (made.vocab_size, made.pad_token) == (len(BERT), "[PAD]")
 
 
 @torch_lane
@@ -110,5 +111,3 @@ def test_without_the_library_one_line_says_how_to_get_it(monkeypatch):
 def test_damaged_savings_are_refused():
     with pytest.raises(UserError, match="damaged"):
         tokenizer_from_dict({"kind": "tokenizer.json"})
-    with pytest.raises(UserError, match="clean='x' is unknown"):
-        tokenizer_from_dict({"kind": "tokenizer.json", "clean": "x"})

@@ -15,6 +15,8 @@ from m2jax.data.image import Preprocess, Resample
 from m2jax.data.siglip_text import SiglipTokenizer
 from m2jax.data.text import Tokenizer
 
+Made = SiglipTokenizer | hf_text.FastTokenizer
+
 CHINESE_LENGTH = 52  # tokens; cn_clip's context_length, whatever the position table holds
 RESAMPLE: Mapping[int, Resample] = {
     0: "nearest",
@@ -42,7 +44,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def tokenizer(directory: Path, cfg: Dual, layout: str) -> Tokenizer | None:
+def tokenizer(directory: Path, cfg: Dual, layout: str) -> Made | None:
     """The tokenizer of a release, from whichever of its files is there.
 
     Args:
@@ -69,9 +71,9 @@ def tokenizer(directory: Path, cfg: Dual, layout: str) -> Tokenizer | None:
         pad = hf_text.token_id(rules, "[PAD]", str(directory))
         return hf_text.FastTokenizer(rules, min(CHINESE_LENGTH, length), pad)
     if cfg.family == "siglip":
+        rules = hf_text.cleaned(rules, punctuation=layout == "hf")
         pad = hf_text.token_id(rules, _token(settings, "<pad>"), str(directory))
-        clean = "lower" if layout == "hf" else "canonical"
-        return hf_text.FastTokenizer(rules, length, pad, clean)
+        return hf_text.FastTokenizer(rules, length, pad)
     pad = hf_text.token_id(rules, _token(settings, hf_text.END_TEXT), str(directory))
     return hf_text.FastTokenizer(rules, length, pad if layout == "hf" else 0)
 
@@ -151,8 +153,9 @@ def open_clip_preprocess(config: Mapping[str, Any], cfg: Dual, where: str) -> Pr
             f"{where}: resize_mode={mode!r}, interpolation={resample!r}: only shortest or squash, "
             "bicubic or bilinear are supported"
         )
-    shortest = size if mode == "shortest" else 0
-    return Preprocess(size, resample=resample, shortest=shortest, cut="even")
+    if mode == "squash":
+        return Preprocess(size, resample=resample)
+    return Preprocess(size, resample=resample, shortest=size, cut="even")
 
 
 def hf_preprocess_config(pre: Preprocess, cfg: Dual) -> dict[str, Any]:
@@ -182,10 +185,21 @@ def open_clip_preprocess_config(pre: Preprocess) -> dict[str, Any]:
     return {"resize_mode": mode, "interpolation": pre.resample}
 
 
-def tokenizer_files(saved: Mapping[str, Any] | None) -> dict[str, bytes]:
-    """Files of a release that hold this tokenizer: name -> content; of ``to_dict`` or ``None``."""
-    if saved is None:
-        return {}
-    if saved["kind"] == "siglip":
-        return {"spiece.model": SiglipTokenizer.from_dict(dict(saved)).model}
-    return {"tokenizer.json": str(saved["rules"]).encode()}
+def write_tokenizer(directory: Path, made: Tokenizer | None) -> None:
+    """Writes the files that transformers, and open_clip through it, read a tokenizer from."""
+    settings: dict[str, Any] = {"padding_side": "right"}
+    if isinstance(made, SiglipTokenizer):
+        (directory / "spiece.model").write_bytes(made.model)
+        settings |= {"tokenizer_class": "SiglipTokenizer", "model_max_length": made.max_len}
+    elif isinstance(made, hf_text.FastTokenizer):
+        (directory / "tokenizer.json").write_text(made.rules, encoding="utf-8")
+        settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": made.pad_token}
+        settings["model_max_length"] = made.max_len
+    else:
+        return
+    write_json(directory / "tokenizer_config.json", settings)
+
+
+def write_json(file: Path, values: Mapping[str, Any]) -> None:
+    """Writes one JSON object."""
+    file.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from m2jax.checkpoint.convert import safetensors_file
 from m2jax.checkpoint.convert.dual_names import IGNORED, Slot, slots
 from m2jax.checkpoint.convert.place import Pieces
 from m2jax.config import UserError
@@ -19,7 +22,11 @@ SHOWN = 8  # names in one error line; the rest are counted
 
 
 def pieces(
-    tensors: Mapping[str, np.ndarray], cfg: Dual, layout: str, where: str
+    tensors: Mapping[str, np.ndarray],
+    cfg: Dual,
+    layout: str,
+    where: str,
+    allow: Sequence[str] = (),
 ) -> dict[str, Pieces]:
     """A release's tensors by the parameter they are part of, in our layout; all of them views.
 
@@ -28,14 +35,17 @@ def pieces(
         cfg: what the tensors belong to.
         layout: a row of ``dual_names.LAYOUTS``.
         where: the source, for errors.
+        allow: names, or patterns with ``*``, that may be missing or left over.
 
     Raises:
         UserError: names that are missing or left over, or a wrong shape.
     """
     table, wanted = slots(cfg, layout), shapes(cfg, layout)
-    _same_names(table, tensors, where)
+    _same_names(table, tensors, where, allow)
     found: dict[str, dict[int | None, tuple[str, np.ndarray]]] = {}
     for theirs, slot in table.items():
+        if theirs not in tensors:
+            continue
         tensor = tensors[theirs]
         if tensor.shape != wanted[theirs]:
             raise UserError(
@@ -80,23 +90,42 @@ class Release(Mapping[str, np.ndarray]):
         return len(self._slots)
 
 
+def write(file: Path, params: Params, cfg: Dual, layout: str) -> None:
+    """Writes a release's weights as safetensors, one tensor in memory at a time."""
+    release = Release(params, cfg, layout)
+    with file.open("wb") as handle:
+        dtype = np.dtype(cfg.param_dtype)
+        safetensors_file.write(handle, shapes(cfg, layout), dtype, release.__getitem__)
+
+
 def _part(array: Any, slot: Slot) -> Any:
     """The part of a parameter that one tensor fills."""
     part = array if slot.layer is None else array[slot.layer]
     return part if slot.rows is None else part[: slot.rows]
 
 
-def _same_names(table: Mapping[str, Slot], tensors: Mapping[str, Any], where: str) -> None:
+def _same_names(
+    table: Mapping[str, Slot], tensors: Mapping[str, Any], where: str, allow: Sequence[str]
+) -> None:
     """Refuses a file whose names are not those of the table, listing both differences."""
-    missing = [name for name in table if name not in tensors]
-    extra = [name for name in tensors if name not in table and not IGNORED.fullmatch(name)]
-    parts = [
-        f"{what} {', '.join(names[:SHOWN])}{f' and {rest} more' if rest > 0 else ''}"
-        for what, names in (("missing", missing), ("left over", extra))
-        for rest in [len(names) - SHOWN]
-        if names
-    ]
+
+    def wrong(names: Iterable[str], known: Mapping[str, Any]) -> list[str]:
+        return [
+            name
+            for name in names
+            if name not in known
+            and not IGNORED.fullmatch(name)
+            and not any(fnmatch.fnmatchcase(name, pattern) for pattern in allow)
+        ]
+
+    parts = []
+    for what, names in (("missing", wrong(table, tensors)), ("left over", wrong(tensors, table))):
+        if names:
+            rest = len(names) - SHOWN
+            more = f" and {rest} more" if rest > 0 else ""
+            parts.append(f"{what} {', '.join(names[:SHOWN])}{more}")
     if parts:
         raise UserError(
-            f"{where}: {'; '.join(parts)}: name the right --arch, or a source that has its config"
+            f"{where}: {'; '.join(parts)}: use the config of these weights, or allow the names "
+            "with --allow-missing NAME"
         )

@@ -144,11 +144,6 @@ _IDLE = {
 }
 
 
-def is_ours(config: Mapping[str, Any]) -> bool:
-    """Whether a ``config.json`` is of a model this module reads."""
-    return str(config.get("model_type")) in FAMILIES
-
-
 def read(config: Mapping[str, Any], normalisation: Mapping[str, Any], where: str) -> Dual:
     """The config of a release.
 

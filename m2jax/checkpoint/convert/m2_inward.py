@@ -6,11 +6,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from m2jax import config as config_lib
@@ -21,7 +19,6 @@ from m2jax.data import glm
 from m2jax.data.image import Preprocess
 from m2jax.data.text import Tokenizer, tokenizer_from_dict
 from m2jax.models import params as params_lib
-from m2jax.models.params import Params
 
 TOKENIZER = "m2jax_tokenizer.json"  # in our exports of models whose tokenizer is not GLM's
 PREPROCESS = "preprocessor_config.json"  # in our exports
@@ -36,13 +33,16 @@ def read(request: inward.Request) -> inward.Imported:
     source = request.weights
     arch = m2_arch.read(request.arch)
     found = m2_layout.official(source.content, arch.model, str(source.file), request.allow_missing)
-    dtype = request.dtype or _dtype(found.tensors, str(source.file))
+    dtype = request.dtype or inward.narrowest(found.tensors, str(source.file))
     cfg = dataclasses.replace(arch.model, param_dtype=dtype, dtype="float32")
     tokenizer = _tokenizer(request, cfg)
     model = params_lib.abstract(cfg)
     places = inward.layout(model, cfg.width, request.mesh)
     params = place.place(
-        model, places, pieces(found.tensors, cfg), fresh=functools.partial(_fresh, cfg, places)
+        model,
+        places,
+        pieces(found.tensors, cfg),
+        fresh=functools.partial(inward.fresh, cfg, places),
     )
     return inward.Imported(
         cfg,
@@ -62,33 +62,6 @@ def pieces(tensors: Mapping[str, np.ndarray], cfg: config_lib.Model) -> dict[str
             piece = (name, slot.inward(tensors[name]))
             found.setdefault(slot.name, {})[slot.layer] = piece
     return dict(found)
-
-
-def _fresh(cfg: config_lib.Model, places: Params, names: Sequence[str]) -> Mapping[str, jax.Array]:
-    """Initial values of a few parameters; the compiler leaves the others out."""
-    wanted = params_lib.flatten(places)
-
-    def initial() -> dict[str, jax.Array]:
-        made = params_lib.flatten(params_lib.initialise(cfg, jax.random.key(0)))
-        return {name: made[name] for name in names}
-
-    return jax.jit(initial, out_shardings={name: wanted[name] for name in names})()
-
-
-def _dtype(tensors: Mapping[str, np.ndarray], where: str) -> str:
-    """The narrowest type that holds every tensor exactly.
-
-    Raises:
-        UserError: a tensor is of whole numbers, or all that holds them is float64.
-    """
-    dtype = np.dtype(jnp.bfloat16) if not tensors else next(iter(tensors.values())).dtype
-    for name, tensor in tensors.items():
-        if not jnp.issubdtype(tensor.dtype, jnp.floating):
-            raise UserError(f"{where}: {name} is of type {tensor.dtype}: weights are fractions")
-        dtype = jnp.promote_types(dtype, tensor.dtype)
-    if dtype.name not in inward.DTYPES:
-        raise UserError(f"{where}: holds {dtype.name}: say --dtype float32 to round it")
-    return dtype.name
 
 
 def _tokenizer(request: inward.Request, cfg: config_lib.Model) -> Tokenizer | None:

@@ -75,6 +75,13 @@ def is_ours(config: Mapping[str, Any]) -> bool:
     return isinstance(config.get("model_cfg"), Mapping)
 
 
+def family(config: Mapping[str, Any]) -> str:
+    """The family of an ``open_clip_config.json``: timm's vision models are SigLIP's here."""
+    vision = config["model_cfg"].get("vision_cfg")
+    timm = isinstance(vision, Mapping) and vision.get("timm_model_name") is not None
+    return "siglip" if timm else "clip"
+
+
 def read(config: Mapping[str, Any], where: str) -> Dual:
     """The config of a release.
 
@@ -95,7 +102,7 @@ def read(config: Mapping[str, Any], where: str) -> Dual:
         at = f"{where}: {name}"
         check_keys(part, read=_READ[name], fixed=_FIXED, idle=_IDLE, where=at)
     pre = config.get("preprocess_cfg", {})
-    timm = vision.get("timm_model_name") is not None
+    timm = family(config) == "siglip"
     if not timm and text.get("proj_bias"):
         raise UserError(f"{where}: text_cfg.proj_bias: only with a SigLIP vision model")
     try:

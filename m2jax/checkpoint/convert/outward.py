@@ -22,7 +22,11 @@ from m2jax.models.params import Params
 
 # Format -> the module that writes it.
 FORMATS: Mapping[str, str] = types.MappingProxyType(
-    {"m2-torch": "m2jax.checkpoint.convert.m2_outward"}
+    {
+        "m2-torch": "m2jax.checkpoint.convert.m2_outward",
+        "hf": "m2jax.checkpoint.convert.hf_outward",
+        "open-clip": "m2jax.checkpoint.convert.open_clip_outward",
+    }
 )
 
 
@@ -56,7 +60,8 @@ def export(model: Model, path: str | os.PathLike[str], *, format: str = "m2-torc
     Args:
         model: what ``load`` returned.
         path: the folder to make; it is complete or absent.
-        format: m2-torch (the official M2-Encoder names, safetensors).
+        format: m2-torch (the official M2-Encoder names), hf (transformers) or open-clip (open_clip;
+            for Chinese-CLIP the authors' cn_clip); safetensors all.
 
     Raises:
         UserError: an unknown format, a model that it cannot hold, or a folder that exists.

@@ -17,6 +17,14 @@ from m2jax.config import UserError
 
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")  # looked for in a folder, in this order
 
+STANDARD = (  # names that transformers and open_clip look for, and in which order
+    "model.safetensors",
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "pytorch_model.bin",
+    "open_clip_pytorch_model.bin",
+)
+
 
 class Weights(NamedTuple):
     """What a weight file holds."""
@@ -26,7 +34,9 @@ class Weights(NamedTuple):
 
 
 def find(source: Path) -> Path:
-    """The weight file that ``source`` names: itself, or the only one of its kind in a folder.
+    """The weight file that ``source`` names.
+
+    That is ``source`` itself, or in a folder one of a standard name, else the only one of its kind.
 
     Raises:
         UserError: there is none, or several.
@@ -35,6 +45,9 @@ def find(source: Path) -> Path:
         return source
     if not source.is_dir():
         raise UserError(f"{source}: no such file: name a checkpoint or a folder that holds one")
+    for name in STANDARD:
+        if (source / name).is_file():
+            return source / name
     for suffix in SUFFIXES:
         found = sorted(source.glob(f"*{suffix}"))
         if len(found) > 1:

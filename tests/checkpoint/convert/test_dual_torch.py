@@ -11,7 +11,7 @@ import pytest
 from m2jax.checkpoint.convert import cn_clip, dual_tensors, hf_config, open_clip_config
 from m2jax.checkpoint.convert.check import LIMIT
 from m2jax.models import params as params_lib
-from tests.checkpoint import torch_toys
+from tests.checkpoint.convert import torch_toys
 from tests.models.dual_toys import placed
 
 pytestmark = [
