@@ -6,6 +6,7 @@ import warnings
 
 import numpy as np
 import pytest
+from PIL import Image
 
 TOWER = {
     "hidden_size": 64,
@@ -72,6 +73,12 @@ def hf(kind, **changes):
         warnings.simplefilter("ignore")
         cfg = config(text_config=text, vision_config=vision, **shared, **changes)
         return randomise(getattr(transformers, f"{names[kind]}Model")(cfg))
+
+
+def picture(width, height):
+    """A PIL image of noise."""
+    noise = np.random.default_rng(2).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(noise)
 
 
 def pixels(size):
