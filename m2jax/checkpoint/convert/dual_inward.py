@@ -14,6 +14,7 @@ import numpy as np
 
 from m2jax.checkpoint.convert import (
     cn_clip,
+    dual_check,
     dual_files,
     dual_tensors,
     hf_config,
@@ -56,7 +57,14 @@ def read(request: inward.Request) -> inward.Imported:
     notes = [f"{cfg.family}, layout {told.layout}, parameters {dtype}, {len(tensors)} tensors"]
     if tokenizer is None:
         notes.append("no tokenizer: texts must come as ids; --tokenizer DIR adds one")
-    return inward.Imported(cfg, params, tokenizer, told.preprocess, tuple(notes), check=lambda: [])
+    return inward.Imported(
+        cfg,
+        params,
+        tokenizer,
+        told.preprocess,
+        tuple(notes),
+        lambda: dual_check.run(tensors, cfg, told.layout, params, tokenizer),
+    )
 
 
 def _tensors(content: Mapping[str, Any], where: str) -> dict[str, np.ndarray]:

@@ -237,7 +237,7 @@ def _scalars(ones: int) -> Table:
 
 _HEAD_LINEAR: Table = {"text_projection.weight": Rule(("text.head.kernel",), "T")}
 _HEAD_MATRIX: Table = {"text_projection": Rule(("text.head.kernel",))}
-_TABLES: Mapping[tuple[str, str], Table] = {
+_TABLES: dict[tuple[str, str], Table] = {
     ("clip", "hf"): _hf_vision() | _hf_text("text_projection") | _scalars(0),
     ("siglip", "hf"): _hf_vision() | _hf_text("text_model.head") | _scalars(1),
     ("chinese-clip", "hf"): _hf_vision() | _bert("text_model", last=_HEAD_LINEAR) | _scalars(0),

@@ -3,6 +3,7 @@
 
 import copy
 import dataclasses
+import math
 
 import pytest
 
@@ -10,6 +11,8 @@ from m2jax.checkpoint.convert import cn_clip, dual_tensors, hf_config, open_clip
 from m2jax.checkpoint.convert.keys import same_function
 from m2jax.config import UserError
 from m2jax.config_dual import FAMILIES, Dual, Vision
+from m2jax.models import params as params_lib
+from m2jax.models.m2 import padded_vocab
 from tests.models.dual_toys import TOYS
 
 # The config.json of openai/clip-vit-base-patch32 in the parts that count.
@@ -84,6 +87,23 @@ def test_the_defaults_of_transformers_fill_what_a_config_leaves_out():
     chinese = hf_config.read(CHINESE_HF, {}, "x")
     assert (chinese.text.positions, chinese.text.eps, chinese.text.masked) == (512, 1e-12, True)
     assert (chinese.text.activation, chinese.vision.activation) == ("gelu", "quick_gelu")
+
+
+@pytest.mark.parametrize(
+    ("config", "published"),
+    [
+        (CLIP_HF, 151_277_313),  # openai/clip-vit-base-patch32
+        (SIGLIP_HF | {"vision_config": {}}, 203_155_970),  # google/siglip-base-patch16-224
+        (CHINESE_HF, 188_262_913),  # OFA-Sys/chinese-clip-vit-base-patch16
+    ],
+)
+def test_published_sizes_have_their_number_of_parameters(config, published):
+    """As transformers counts them for these configs."""
+    cfg = hf_config.read(config, {}, "x")
+    sizes = dual_tensors.shapes(cfg, "hf").values()
+    assert sum(math.prod(shape) for shape in sizes) == published
+    padding = (padded_vocab(cfg.text.vocab_size) - cfg.text.vocab_size) * cfg.text.width
+    assert params_lib.count(params_lib.abstract(cfg).params) == published + padding
 
 
 def test_clip_pools_where_its_config_says():

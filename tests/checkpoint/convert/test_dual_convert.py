@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import re
 from typing import NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 import m2jax
-from m2jax.checkpoint.convert import open_clip_config, outward
+from m2jax.checkpoint.convert import dual_names, open_clip_config, outward
 from m2jax.cli.main import main
 from m2jax.config import UserError
 from m2jax.config_dual import FAMILIES
@@ -67,7 +68,10 @@ def test_out_in_and_out_again(tmp_path, capsys, family, layout):
     outward.export(model, tmp_path / "theirs", format=layout)
     source, made = str(tmp_path / "theirs"), tmp_path / "ours"
     assert main(["convert", "import", source, str(made), "--arch", family]) == 0
-    assert f"{family}, layout {layout}, parameters float32" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"{family}, layout {layout}, parameters float32" in told
+    for probe in ("image", "text", "scales"):
+        assert re.search(rf"^{probe} .* ok$", told, re.MULTILINE)
     bundle = m2jax.load(made)
     same_params(model.params, bundle.params)
     assert bundle.preprocessing == model.preprocessing
@@ -81,6 +85,49 @@ def test_out_in_and_out_again(tmp_path, capsys, family, layout):
     outward.export(bundle, tmp_path / "again", format=layout)
     for file in (tmp_path / "theirs").iterdir():
         assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def crossed(rules, one, other):
+    """A table in which two rules of one shape have changed places."""
+    swap = {one: rules[other], other: rules[one]}
+    return {name: swap.get(name, rule) for name, rule in rules.items()}
+
+
+def straight(rules, name):
+    """A table in which a square matrix is taken as it is."""
+    return rules | {name: rules[name]._replace(turn="")}
+
+
+LAYER = "{at}.encoder.layers.{{n}}.{part}.weight"
+PLANTED = {
+    "queries for keys": lambda t: crossed(
+        t, *(LAYER.format(at="text_model", part=f"self_attn.{x}_proj") for x in "qk")
+    ),
+    "towers exchanged": lambda t: crossed(
+        t, *(LAYER.format(at=f"{x}_model", part="mlp.fc1") for x in ("text", "vision"))
+    ),
+    "norms exchanged": lambda t: crossed(
+        t, *(LAYER.format(at="vision_model", part=f"layer_norm{i}") for i in (1, 2))
+    ),
+    "a square matrix not transposed": lambda t: straight(
+        t, LAYER.format(at="vision_model", part="self_attn.out_proj")
+    ),
+}
+
+
+@pytest.mark.parametrize("planted", PLANTED)
+def test_the_check_sees_a_wrong_table(tmp_path, capsys, monkeypatch, planted):
+    folder, key = exported(tmp_path), ("clip", "hf")
+    monkeypatch.setitem(dual_names._TABLES, key, PLANTED[planted](dual_names._TABLES[key]))
+    assert main(["convert", "import", str(folder), str(tmp_path / "out")]) == 4
+    assert "FAIL" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_check_can_be_left_out(tmp_path, capsys):
+    words = [str(exported(tmp_path)), str(tmp_path / "out"), "--no-check"]
+    assert main(["convert", "import", *words]) == 0
+    assert "not checked" in capsys.readouterr().out
 
 
 def test_a_folder_of_transformers_loads_as_it_is(tmp_path):
