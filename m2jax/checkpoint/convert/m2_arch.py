@@ -124,7 +124,7 @@ def from_official(values: Mapping[str, Any], where: str) -> Architecture:
         elif key != "beit_version":
             raise UserError(f"{where}: {key}: no key of the release: remove it")
     version = values.get("beit_version", "base")
-    if version not in _HEADS:
+    if not isinstance(version, str) or version not in _HEADS:
         raise UserError(f"{where}: beit_version is {version!r}: use one of {', '.join(_HEADS)}")
     heads = {"heads": _HEADS[version]} if "heads" not in sizes else {}
     model = config_lib.Model(name="m2-encoder-0.4b", **(sizes | heads))  # type: ignore[arg-type]

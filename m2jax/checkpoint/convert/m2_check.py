@@ -27,6 +27,7 @@ from m2jax.models.multiway import ALL_B
 from m2jax.models.params import Params
 
 TEXTS = ("皮卡丘", "a photo of a cat", "一张猫的照片, in English too", "")
+SCALES = ("logit_scale", "logit_vl_scale")
 PICTURES = ("gradient", "stripes", "noise")
 
 Features = dict[str, np.ndarray]
@@ -104,26 +105,32 @@ def _before(
     sizes = Sizes(cfg.heads, cfg.backbone_layers, cfg.vl_layers, cfg.patch_size)
     model = Reference(lambda name: rounded(tensors[name]), sizes)
 
-    def image(masked: np.ndarray | None) -> np.ndarray:
-        return model.backbone(model.image_tokens(given.pixels, masked), "A")
-
     def embed(ids: np.ndarray) -> np.ndarray:
         return rounded(tensors["backbone.text_embed.weight"][ids])
 
-    hidden = image(None)
-    text = model.backbone(model.text_tokens(embed, given.ids), "B", given.mask)
-    vl_b = functools.partial(model.vl, text, "B", given.mask)
+    def image(masked: np.ndarray | None) -> np.ndarray:
+        return model.backbone(model.image_tokens(given.pixels, masked), "A")
+
+    @functools.cache
+    def plain() -> np.ndarray:
+        return image(None)
+
+    @functools.cache
+    def text() -> np.ndarray:
+        return model.backbone(model.text_tokens(embed, given.ids), "B", given.mask)
+
+    def vl_text(way: str) -> np.ndarray:
+        return model.head("itc_vl_text_proj", model.vl(text(), way, given.mask))
+
     rows: dict[str, Callable[[], np.ndarray]] = {
-        "image": lambda: model.head("itc_vl_image_proj", model.vl(hidden, "A")),
-        "image, backbone head": lambda: model.head("itc_image_proj", hidden),
-        "text": lambda: model.head("itc_vl_text_proj", model.vl(text, "A", given.mask)),
-        "text, backbone head": lambda: model.head("itc_text_proj", text),
+        "image": lambda: model.head("itc_vl_image_proj", model.vl(plain(), "A")),
+        "image, backbone head": lambda: model.head("itc_image_proj", plain()),
+        "text": lambda: vl_text("A"),
+        "text, backbone head": lambda: model.head("itc_text_proj", text()),
         "image, some patches masked": lambda: model.head("itc_image_proj", image(given.masked)),
-        "text, through the unused vl weights": lambda: model.head("itc_vl_text_proj", vl_b()),
-        "text, through the unused pooler": lambda: model.pooled(text),
-        "scales": lambda: np.array(
-            [[model.scale("logit_scale"), model.scale("logit_vl_scale")]], np.float64
-        ),
+        "text, through the unused vl weights": lambda: vl_text("B"),
+        "text, through the unused pooler": lambda: model.pooled(text()),
+        "scales": lambda: np.array([[model.scale(name) for name in SCALES]]),
     }
     return _existing(rows)
 

@@ -102,8 +102,8 @@ def interpolate(table: Shaped[np.ndarray, "rows d"], rows: int) -> Shaped[np.nda
     Raises:
         UserError: the rows form no square grid.
     """
-    old, new = math.isqrt(len(table) - _SPECIAL_ROWS), math.isqrt(rows - _SPECIAL_ROWS)
-    if old**2 != len(table) - _SPECIAL_ROWS or new**2 != rows - _SPECIAL_ROWS or not old:
+    old, new = (math.isqrt(max(0, n - _SPECIAL_ROWS)) for n in (len(table), rows))
+    if not old or [old**2 + _SPECIAL_ROWS, new**2 + _SPECIAL_ROWS] != [len(table), rows]:
         raise UserError(
             f"{POSITIONS}: {len(table)} rows do not fit {rows}: both must be a square plus "
             f"{_SPECIAL_ROWS}: name the right --arch"

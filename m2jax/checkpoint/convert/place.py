@@ -68,8 +68,7 @@ def _assemble(
     """One parameter, from its pieces and, where they leave gaps, its initial values."""
     if None in pieces:
         return _put(*pieces[None], shape.shape, shape.dtype, sharding)
-    zeros = functools.partial(jnp.zeros, shape.shape, shape.dtype)
-    whole = jax.jit(zeros, out_shardings=sharding)() if start is None else start
+    whole = _zeros(shape.shape, shape.dtype, sharding)() if start is None else start
     fill, layer_sharding = _filler(sharding), sharding
     if isinstance(sharding, NamedSharding):
         layer_sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
@@ -79,6 +78,11 @@ def _assemble(
         # Without this the next pieces pile up in memory while this one is still being copied.
         whole.block_until_ready()
     return whole
+
+
+@functools.cache
+def _zeros(shape: tuple[int, ...], dtype: Any, sharding: Sharding) -> Callable[[], jax.Array]:
+    return jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=sharding)
 
 
 @functools.cache
