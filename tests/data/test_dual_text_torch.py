@@ -20,6 +20,8 @@ from m2jax.data.text import train_tokenizer
 from tests.checkpoint.convert import torch_toys
 from tests.models.dual_toys import TOYS
 
+pytest.importorskip("torch", reason="needs PyTorch: make test-torch")
+
 pytestmark = [
     pytest.mark.torch,
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # third parties' own

@@ -14,6 +14,8 @@ from m2jax.models import params as params_lib
 from tests.checkpoint.convert import torch_toys
 from tests.models.dual_toys import placed
 
+pytest.importorskip("torch", reason="needs PyTorch: make test-torch")
+
 pytestmark = [
     pytest.mark.torch,
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # third parties' own

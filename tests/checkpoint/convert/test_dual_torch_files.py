@@ -13,6 +13,8 @@ from m2jax.cli.main import main
 from m2jax.config_dual import FAMILIES
 from tests.checkpoint.convert import torch_toys
 
+pytest.importorskip("torch", reason="needs PyTorch: make test-torch")
+
 pytestmark = [
     pytest.mark.torch,
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # third parties' own
