@@ -18,7 +18,7 @@ BERT = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "猫", "红", "a", "cat", 
 
 @pytest.fixture
 def library():
-    return pytest.importorskip("tokenizers")
+    return pytest.importorskip("tokenizers", reason="needs tokenizers: make test-torch")
 
 
 def clip_files(folder):
