@@ -4,6 +4,7 @@
 The vocabularies are real where a package holds them: open_clip has CLIP's, cn_clip Chinese-CLIP's.
 """
 
+import dataclasses
 import gzip
 import json
 from pathlib import Path
@@ -128,6 +129,27 @@ def test_siglip_as_transformers_tokenises(tmp_path):
     theirs = transformers.SiglipTokenizer(str(tmp_path / "spiece.model"))
     wanted = theirs(TEXTS, padding="max_length", max_length=16, truncation=True)["input_ids"]
     np.testing.assert_array_equal(SiglipTokenizer(model, 16)(TEXTS).ids, wanted)
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_siglip_2_as_transformers_tokenises(tmp_path, ends):
+    torch_toys.torch()
+    import transformers
+
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *"abcdefghijklmnopqrstuvwxyz.,!_"]
+    vocab = {piece: index for index, piece in enumerate([*pieces, "ca", "cat"])}
+    made = transformers.Siglip2Tokenizer(vocab=vocab, merges=[("c", "a"), ("ca", "t")])
+    made.add_eos_token = ends
+    made.save_pretrained(tmp_path)
+    theirs = transformers.Siglip2Tokenizer.from_pretrained(tmp_path)
+    texts = ["A Cat", "cats, and_more!", "", "cat " * 30]
+    keywords = {"padding": "max_length", "max_length": 12, "truncation": True}
+    wanted = theirs(texts, **keywords, padding_side="right")["input_ids"]
+    cfg = dataclasses.replace(
+        TOYS["siglip"], text=dataclasses.replace(TOYS["siglip"].text, positions=12)
+    )
+    np.testing.assert_array_equal(dual_files.tokenizer(tmp_path, cfg, "hf")(texts).ids, wanted)
+    assert (np.array(wanted) == 1).any() == ends
 
 
 @pytest.mark.parametrize("family", ["clip", "siglip", "chinese-clip"])
