@@ -2,8 +2,8 @@
 """``config.json`` of transformers' CLIPModel, SiglipModel and ChineseCLIPModel, in and out.
 
 A release leaves out what equals the library's default, so the defaults are part of the format; they
-are those of transformers 5.23 and have not changed since each model came. A key that is unknown is
-refused by name: it might change the function.
+are those of transformers 5.23. A key that is unknown is refused by name: it might change the
+function.
 """
 
 from __future__ import annotations
@@ -25,71 +25,33 @@ ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
 }
 
-_TOWER = {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
-_COMMON = _TOWER | {"hidden_act", "layer_norm_eps"}
-_VISION = _COMMON | {"image_size", "patch_size"}
-_TEXT = _COMMON | {"vocab_size", "max_position_embeddings"}
-_READ = {  # keys that are read, by family and part
-    "clip": (_VISION, _TEXT | {"eos_token_id"}),
-    "siglip": (_VISION, _TEXT | {"projection_size"}),
-    "chinese-clip": (_VISION, _TEXT | {"type_vocab_size"}),
-}
-_VISION_DEFAULTS = {
+# What a config that leaves a key out means: the keys that are read, by part and family.
+_BASE = {
     "hidden_size": 768,
     "intermediate_size": 3072,
     "num_hidden_layers": 12,
     "num_attention_heads": 12,
-    "image_size": 224,
 }
-_CLIP_VISION = _VISION_DEFAULTS | {
-    "patch_size": 32,
-    "hidden_act": "quick_gelu",
-    "layer_norm_eps": 1e-5,
+_CLIP = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
+_SIGLIP = {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
+_BERT = {"hidden_act": "gelu", "layer_norm_eps": 1e-12}
+_VISION: Mapping[str, dict[str, Any]] = {
+    "clip": _BASE | _CLIP | {"image_size": 224, "patch_size": 32},
+    "siglip": _BASE | _SIGLIP | {"image_size": 224, "patch_size": 16},
+    "chinese-clip": _BASE | _CLIP | {"image_size": 224, "patch_size": 32},
 }
-_DEFAULTS: Mapping[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "clip": (
-        _CLIP_VISION,
-        {
-            "vocab_size": 49408,
-            "hidden_size": 512,
-            "intermediate_size": 2048,
-            "num_hidden_layers": 12,
-            "num_attention_heads": 8,
-            "max_position_embeddings": 77,
-            "hidden_act": "quick_gelu",
-            "layer_norm_eps": 1e-5,
-            "eos_token_id": 49407,
-        },
-    ),
-    "siglip": (
-        _VISION_DEFAULTS
-        | {"patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6},
-        {
-            "vocab_size": 32000,
-            "hidden_size": 768,
-            "intermediate_size": 3072,
-            "num_hidden_layers": 12,
-            "num_attention_heads": 12,
-            "max_position_embeddings": 64,
-            "hidden_act": "gelu_pytorch_tanh",
-            "layer_norm_eps": 1e-6,
-            "projection_size": None,
-        },
-    ),
-    "chinese-clip": (
-        _CLIP_VISION,
-        {
-            "vocab_size": 30522,
-            "hidden_size": 768,
-            "intermediate_size": 3072,
-            "num_hidden_layers": 12,
-            "num_attention_heads": 12,
-            "max_position_embeddings": 512,
-            "hidden_act": "gelu",
-            "layer_norm_eps": 1e-12,
-            "type_vocab_size": 2,
-        },
-    ),
+_SMALL = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8}
+_TEXT: Mapping[str, dict[str, Any]] = {
+    "clip": _BASE
+    | _CLIP
+    | _SMALL
+    | {"vocab_size": 49408, "max_position_embeddings": 77, "eos_token_id": 49407},
+    "siglip": _BASE
+    | _SIGLIP
+    | {"vocab_size": 32000, "max_position_embeddings": 64, "projection_size": None},
+    "chinese-clip": _BASE
+    | _BERT
+    | {"vocab_size": 30522, "max_position_embeddings": 512, "type_vocab_size": 2},
 }
 # Keys that change the function unless they have this value.
 _FIXED = {
@@ -104,44 +66,25 @@ _FIXED = {
     "tie_encoder_decoder": False,
 }
 # Keys without effect on inference: training, generation and bookkeeping of the library.
-_IDLE = {
-    *(
-        "architectures",
-        "model_type",
-        "torch_dtype",
-        "dtype",
-        "transformers_version",
-        "_name_or_path",
-    ),
-    *("initializer_factor", "initializer_range", "logit_scale_init_value", "use_cache"),
-    *("attention_dropout", "dropout", "hidden_dropout_prob", "attention_probs_dropout_prob"),
-    *("classifier_dropout", "pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id"),
-    *("pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers", "pooler_type"),
-    *("pooler_size_per_head", "directionality", "text_config_dict", "vision_config_dict"),
-    *(
-        "id2label",
-        "label2id",
-        "num_labels",
-        "problem_type",
-        "finetuning_task",
-        "task_specific_params",
-    ),
-    *("output_attentions", "output_hidden_states", "return_dict", "torchscript", "use_bfloat16"),
-    *(
-        "decoder_start_token_id",
-        "tokenizer_class",
-        "prefix",
-        "is_encoder_decoder",
-        "tf_legacy_loss",
-    ),
-    *("do_sample", "max_length", "min_length", "early_stopping", "num_beams", "num_beam_groups"),
-    *("diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty"),
-    *("length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids"),
-    *("num_return_sequences", "output_scores", "return_dict_in_generate", "forced_bos_token_id"),
-    *("forced_eos_token_id", "remove_invalid_values", "exponential_decay_length_penalty"),
-    *("suppress_tokens", "begin_suppress_tokens", "tie_word_embeddings", "projection_dim"),
-    *("vision_config", "text_config", "_attn_implementation_autoset", "logit_bias_init_value"),
-}
+_IDLE = frozenset(
+    """
+    architectures model_type torch_dtype dtype transformers_version _name_or_path
+    initializer_factor initializer_range logit_scale_init_value use_cache attention_dropout
+    dropout hidden_dropout_prob attention_probs_dropout_prob classifier_dropout pad_token_id
+    bos_token_id eos_token_id sep_token_id pooler_fc_size pooler_num_attention_heads
+    pooler_num_fc_layers pooler_type pooler_size_per_head directionality output_past
+    gradient_checkpointing text_config_dict vision_config_dict id2label label2id num_labels
+    problem_type finetuning_task task_specific_params output_attentions output_hidden_states
+    return_dict torchscript use_bfloat16 decoder_start_token_id tokenizer_class prefix
+    is_encoder_decoder tf_legacy_loss do_sample max_length min_length early_stopping num_beams
+    num_beam_groups diversity_penalty temperature top_k top_p typical_p repetition_penalty
+    length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
+    num_return_sequences output_scores return_dict_in_generate forced_bos_token_id
+    forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens
+    begin_suppress_tokens tie_word_embeddings projection_dim vision_config text_config
+    _attn_implementation_autoset logit_bias_init_value
+    """.split()
+)
 
 
 def read(config: Mapping[str, Any], normalisation: Mapping[str, Any], where: str) -> Dual:
@@ -161,13 +104,8 @@ def read(config: Mapping[str, Any], normalisation: Mapping[str, Any], where: str
         raise UserError(f"{where}: model_type {kind!r}: use one of {', '.join(FAMILIES)}")
     family = FAMILIES[kind]
     check_keys(config, read=(), fixed=_FIXED, idle=_IDLE, where=where)
-    parts = [
-        _part(config, name, read_keys, defaults, f"{where}: {name}")
-        for name, read_keys, defaults in zip(
-            ("vision_config", "text_config"), _READ[family], _DEFAULTS[family], strict=True
-        )
-    ]
-    vision, text = parts
+    vision = _part(config, "vision_config", _VISION[family], where)
+    text = _part(config, "text_config", _TEXT[family], where)
     siglip = family == "siglip"
     mean = (0.5, 0.5, 0.5) if siglip else Vision.mean
     std = (0.5, 0.5, 0.5) if siglip else Vision.std
@@ -282,22 +220,18 @@ def _written(tower: Vision | Text) -> dict[str, Any]:
 
 
 def _part(
-    config: Mapping[str, Any],
-    name: str,
-    known: set[str],
-    defaults: Mapping[str, Any],
-    where: str,
+    config: Mapping[str, Any], name: str, defaults: Mapping[str, Any], where: str
 ) -> dict[str, Any]:
     """One sub-config over the library's defaults, each value of the default's type."""
-    given = config.get(name, {})
+    given, where = config.get(name, {}), f"{where}: {name}"
     if not isinstance(given, Mapping):
         raise UserError(f"{where}: no group of keys: restore the config")
     historic = config.get(f"{name}_dict") or {}  # wins over the group in transformers
     if any(given.get(key, value) != value for key, value in historic.items()):
         raise UserError(f"{where}: {name}_dict says otherwise: leave one of the two in the file")
     given = {**historic, **given}
-    check_keys(given, read=known, fixed=_FIXED, idle=_IDLE, where=where)
-    merged = dict(defaults) | {key: value for key, value in given.items() if key in known}
+    check_keys(given, read=defaults, fixed=_FIXED, idle=_IDLE, where=where)
+    merged = dict(defaults) | {key: value for key, value in given.items() if key in defaults}
     for key, default in defaults.items():
         value = merged[key]
         wanted = (int, type(None)) if default is None else type(default)

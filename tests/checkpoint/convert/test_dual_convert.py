@@ -4,6 +4,8 @@
 import dataclasses
 import json
 import re
+import sys
+import types
 from typing import NamedTuple
 
 import jax
@@ -13,11 +15,12 @@ import pytest
 import m2jax
 from m2jax.checkpoint.convert import dual_names, open_clip_config, outward
 from m2jax.cli.main import main
-from m2jax.config import UserError
+from m2jax.config import Mesh, UserError
 from m2jax.config_dual import FAMILIES
 from m2jax.data.image import Preprocess
 from m2jax.data.siglip_text import SiglipTokenizer
 from m2jax.data.text import train_tokenizer
+from m2jax.dist.mesh import make_mesh
 from m2jax.models import params as params_lib
 from tests.models.dual_toys import TOYS, inputs, random_params
 
@@ -143,6 +146,30 @@ def test_a_folder_of_transformers_loads_as_it_is(tmp_path):
     settings = json.loads((tmp_path / "theirs" / "preprocessor_config.json").read_text())
     assert settings["size"] == {"height": 22, "width": 22}
     assert settings["image_mean"] == [0.5, 0.5, 0.5]
+
+
+def test_a_repository_of_the_hub_loads_by_its_name(tmp_path, monkeypatch):
+    folder, asked = exported(tmp_path), []
+
+    def snapshot_download(name, revision=None):
+        asked.append((name, revision))
+        return str(folder)
+
+    hub = types.SimpleNamespace(snapshot_download=snapshot_download)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    bundle = m2jax.load("hf:openai/clip-vit-base-patch32@main")
+    assert asked == [("openai/clip-vit-base-patch32", "main")]
+    assert bundle.config.family == "clip"
+    same_params(toy("clip").params, bundle.params)
+
+
+def test_a_model_is_laid_out_over_a_mesh(tmp_path):
+    folder = exported(tmp_path)
+    mesh = make_mesh(Mesh(data=1, fsdp=4, model=2))
+    bundle = m2jax.load(folder, mesh=mesh)
+    kernel = bundle.params["vision"]["stack"]["blocks"]["fc1"]["kernel"]
+    assert kernel.addressable_shards[0].data.shape == (3, 8, 24)
+    same_params(toy("clip").params, bundle.params)
 
 
 def test_weights_of_half_precision_stay_so(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 
 from m2jax.checkpoint.convert import cn_clip, dual_tensors, hf_config, open_clip_config
 from m2jax.checkpoint.convert.check import LIMIT
+from m2jax.checkpoint.convert.dual_reference import Reference
 from m2jax.models import params as params_lib
 from tests.checkpoint.convert import torch_toys
 from tests.models.dual_toys import placed
@@ -84,11 +85,21 @@ def check(case):
     image, text = apart(case)
     print(f"{case.cfg.family} {case.layout}: image {image:.1e}, text {text:.1e}")
     assert max(image, text) < LIMIT
+    check_reference(case)
     release = dual_tensors.Release(
         placed(case.tensors, case.cfg, case.layout), case.cfg, case.layout
     )
     for name, tensor in release.items():
         np.testing.assert_array_equal(tensor, case.tensors[name], err_msg=name)
+
+
+def check_reference(case):
+    """The NumPy forward that imports are checked against gives the same embeddings."""
+    model = Reference(lambda name: case.tensors[name].astype(np.float64), case.cfg, case.layout)
+    pixels, table, mask = case.probes
+    text = model.text(lambda name, ids: case.tensors[name][ids].astype(np.float64), table, mask)
+    for ours, wanted in zip((model.image(pixels), text), case.wanted, strict=True):
+        np.testing.assert_allclose(ours, wanted, atol=2e-6)
 
 
 @pytest.mark.parametrize("name", HF)
