@@ -159,7 +159,10 @@ def open_clip_preprocess(config: Mapping[str, Any], cfg: Dual, where: str) -> Pr
 
 
 def hf_preprocess_config(pre: Preprocess, cfg: Dual) -> dict[str, Any]:
-    """The ``preprocessor_config.json`` of a model; inverse of ``hf_preprocess``."""
+    """The ``preprocessor_config.json`` of a model; inverse of ``hf_preprocess``.
+
+    It has no key for ``cut``: transformers rounds half an odd margin down.
+    """
     numbers = {name: number for number, name in RESAMPLE.items()}
     names = {"clip": "CLIP", "siglip": "Siglip", "chinese-clip": "ChineseCLIP"}
     square = {"height": pre.size, "width": pre.size}

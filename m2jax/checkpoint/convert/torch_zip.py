@@ -66,6 +66,11 @@ def _members(file: Path, mapped: mmap.mmap) -> dict[str, Member]:
         if path.is_absolute() or ".." in path.parts or "\\" in entry.filename or entry.is_dir():
             raise UserError(f"{file}: member {entry.filename!r} is no torch file's: do not use it")
         name = "/".join(path.parts[1:])
+        if name.startswith("code/"):
+            raise UserError(
+                f"{file}: a TorchScript program, as OpenAI's own files are: take its state_dict, "
+                "or the model's transformers or open_clip release"
+            )
         if name in found:
             raise UserError(f"{file}: member {name!r} is there twice: do not use this file")
         if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:

@@ -7,6 +7,7 @@ reader here runs anything a file asks for.
 
 from __future__ import annotations
 
+import json
 import mmap
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +25,8 @@ STANDARD = (  # names that transformers and open_clip look for, and in which ord
     "pytorch_model.bin",
     "open_clip_pytorch_model.bin",
 )
+
+INDEX = "model.safetensors.index.json"  # of transformers' releases in several files
 
 
 class Weights(NamedTuple):
@@ -59,12 +62,16 @@ def find(source: Path) -> Path:
 
 
 def read(source: Path) -> Weights:
-    """Opens the weight file that ``source`` names.
+    """Opens the weight file that ``source`` names, or the several of an index in that folder.
 
     Raises:
         UserError: no weight file, of an unknown kind, truncated, damaged, or asking for more than
             tensors and plain containers.
     """
+    index = source / INDEX
+    if index.is_file() and not any((source / name).is_file() for name in STANDARD):
+        parts = [read(source / name) for name in _files(index)]
+        return Weights(index, {key: part.content[key] for part in parts for key in part.content})
     file = find(source)
     try:
         with file.open("rb") as handle:
@@ -82,3 +89,19 @@ def read(source: Path) -> Weights:
             f"{file}: a torch file of before version 1.6: load it with torch and save it again"
         )
     raise UserError(f"{file}: neither a safetensors nor a torch file: name a checkpoint")
+
+
+def _files(index: Path) -> list[str]:
+    """The files an index names, all of them beside it.
+
+    Raises:
+        UserError: no index, or it names a file elsewhere.
+    """
+    try:
+        names = sorted({*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{index}: no index of weight files: fetch it again") from None
+    for name in names:
+        if not str(name).endswith(".safetensors") or name != Path(str(name)).name:
+            raise UserError(f"{index}: names {name!r}, no weight file beside it: do not use it")
+    return names

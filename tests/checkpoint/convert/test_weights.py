@@ -4,6 +4,7 @@
 import argparse
 import collections
 import io
+import json
 import os
 import pickle
 import re
@@ -282,3 +283,34 @@ def test_a_folder_must_hold_one_weight_file(tmp_path):
     refused(tmp_path, r"several weight files \(a.ckpt, b.ckpt\)")
     save_file({"w": BASE}, tmp_path / "m.safetensors")
     assert weights.read(tmp_path).file.name == "m.safetensors"
+
+
+def test_a_torchscript_program_is_told_from_a_checkpoint(tmp_path):
+    members = [("a/code/__torch__.py", b"def f(): pass"), ("a/data.pkl", b"")]
+    zipped(tmp_path / "ViT-B-32.pt", members, zipfile.ZIP_DEFLATED)
+    refused(tmp_path / "ViT-B-32.pt", "a TorchScript program")
+
+
+def test_weights_in_several_files_are_read_by_their_index(tmp_path):
+    parts = {"model-00001-of-00002.safetensors": "a", "model-00002-of-00002.safetensors": "b"}
+    for file, name in parts.items():
+        save_file({name: np.full(3, ord(name), np.float32)}, tmp_path / file)
+    index = tmp_path / weights.INDEX
+    index.write_text(json.dumps({"weight_map": {name: file for file, name in parts.items()}}))
+    found = weights.read(tmp_path)
+    assert found.file == index
+    assert {name: x[0] for name, x in found.content.items()} == {"a": 97, "b": 98}
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    refused(tmp_path, "model-00002-of-00002.safetensors: no such file")
+
+
+@pytest.mark.parametrize("name", ["../x.safetensors", "/x.safetensors", "x.bin", 3])
+def test_an_index_names_only_files_beside_it(tmp_path, name):
+    (tmp_path / weights.INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
+    refused(tmp_path, "index")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": 3}'])
+def test_a_damaged_index_is_refused(tmp_path, text):
+    (tmp_path / weights.INDEX).write_text(text)
+    refused(tmp_path, "no index of weight files")
