@@ -20,9 +20,11 @@ GOLDEN = Path(os.environ.get("M2JAX_GOLDEN", HERE))
 SHARED = Path(os.environ.get("M2JAX_SHARED", HERE.parent.parent.parent / "shared"))
 
 
-def cases(area: str, kind: str, recognise: Callable[[Path], bool]) -> list[Any]:
+def cases(
+    area: str, kind: str, recognise: Callable[[Path], bool], root: Path | None = None
+) -> list[Any]:
     """The files of one kind as parameters of a test, or one that skips by the kind's name."""
-    folder = GOLDEN / area
+    folder = (root or GOLDEN) / area
     files = sorted(p for p in folder.iterdir() if p.is_file()) if folder.is_dir() else []
     found = [pytest.param(file, id=file.stem) for file in files if recognise(file)]
     skip = pytest.mark.skip(reason=f"{folder} holds no {kind}")
