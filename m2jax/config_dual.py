@@ -15,6 +15,8 @@ from m2jax.config import Model, UserError, from_mapping
 
 FAMILIES = ("clip", "siglip", "chinese-clip")
 
+MOST_LAYERS, MOST = 512, 2**24  # a config from outside must not ask for endless work
+
 _CHOICES = {
     "activation": ("quick_gelu", "gelu", "gelu_tanh"),
     "image_pooling": ("cls", "map"),
@@ -115,9 +117,12 @@ def check(cfg: Dual, where: str = "config") -> Dual:
             raise UserError(f"{where}: {key}={value!r}: no such choice: use {', '.join(allowed)}")
     for name, tower in (("vision", cfg.vision), ("text", cfg.text)):
         for key, size in dataclasses.asdict(tower).items():
-            if type(size) is int and size < 1 and key not in ("token_types", "eos_id"):
+            least = 0 if key in ("token_types", "eos_id") else 1
+            most = MOST_LAYERS if key == "layers" else MOST
+            if type(size) is int and not least <= size <= most:
                 raise UserError(
-                    f"{where}: {name}.{key}={size}: must be at least 1: mend the config"
+                    f"{where}: {name}.{key}={size}: must lie between {least} and {most}: mend the "
+                    "config"
                 )
         if tower.width % tower.heads:
             raise UserError(

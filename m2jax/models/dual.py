@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from m2jax.config import UserError
-from m2jax.config_dual import Dual
+from m2jax.config_dual import Dual, Tower
 from m2jax.dist.sharding import constrain
 from m2jax.models import layers
 from m2jax.models.m2 import padded_vocab, unit
@@ -222,7 +222,7 @@ class DualEncoder(nnx.Module):
         return self.text(ids, mask, self.dtype)
 
 
-def _stack(rngs: nnx.Rngs, cfg: Dual, tower, *, post_norm: bool) -> Stack:
+def _stack(rngs: nnx.Rngs, cfg: Dual, tower: Tower, *, post_norm: bool) -> Stack:
     dtype = jnp.dtype(cfg.param_dtype)
     return Stack(rngs, tower, post_norm=post_norm, dtype=dtype, remat=cfg.remat, unroll=cfg.unroll)
 

@@ -172,6 +172,8 @@ def test_config_json_round_trip(family):
         (Dual(vision=Vision(activation="relu")), "quick_gelu"),
         (Dual(vision=Vision(heads=7)), "vision.heads"),
         (Dual(text=Text(layers=0)), "text.layers=0"),
+        (Dual(text=Text(layers=10**9)), "between 1 and 512"),
+        (Dual(text=Text(vocab_size=10**12)), "text.vocab_size"),
         (Dual(text=Text(pooling="mean")), "argmax"),
         (Dual(vision=Vision(image_size=16)), "smaller than vision.patch_size"),
         (Dual(vision=Vision(std=(1.0, 0.0, 1.0))), "vision.std.*above 0"),

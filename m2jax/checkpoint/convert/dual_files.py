@@ -18,12 +18,9 @@ from m2jax.data.text import Tokenizer
 Made = SiglipTokenizer | hf_text.FastTokenizer
 
 CHINESE_LENGTH = 52  # tokens; cn_clip's context_length, whatever the position table holds
-RESAMPLE: Mapping[int, Resample] = {
-    0: "nearest",
-    1: "lanczos",
-    2: "bilinear",
-    3: "bicubic",
-}  # PIL's numbers
+RESAMPLE: Mapping[int, Resample] = dict(  # by PIL's numbers
+    enumerate(("nearest", "lanczos", "bilinear", "bicubic"))
+)
 _STEPS = ("do_resize", "do_rescale", "do_normalize")
 
 
@@ -95,7 +92,7 @@ def _rules(directory: Path) -> str | None:
 def _token(settings: Mapping[str, Any], default: str) -> str:
     """The padding token of a ``tokenizer_config.json``: a string, or an object with one."""
     token = settings.get("pad_token") or default
-    return str(token["content"]) if isinstance(token, Mapping) else str(token)
+    return str(token.get("content", default)) if isinstance(token, Mapping) else str(token)
 
 
 def hf_preprocess(config: Mapping[str, Any], cfg: Dual, where: str) -> Preprocess:
@@ -110,11 +107,11 @@ def hf_preprocess(config: Mapping[str, Any], cfg: Dual, where: str) -> Preproces
     for step in _STEPS:
         if config.get(step, True) is not True:
             raise UserError(f"{where}: {step}={config[step]!r}: only true is supported")
-    if abs(config.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-9:
-        raise UserError(f"{where}: rescale_factor={config['rescale_factor']!r}: expected 1/255")
-    resample = RESAMPLE.get(config.get("resample", 3))
-    if resample is None:
-        raise UserError(f"{where}: resample={config['resample']!r}: use one of {list(RESAMPLE)}")
+    factor, number = config.get("rescale_factor", 1 / 255), config.get("resample", 3)
+    if not isinstance(factor, float) or abs(factor - 1 / 255) > 1e-9:
+        raise UserError(f"{where}: rescale_factor={factor!r}: expected 1/255")
+    if type(number) is not int or number not in RESAMPLE:
+        raise UserError(f"{where}: resample={number!r}: use one of {list(RESAMPLE)}")
     by_shorter, resized = _sizes(config.get("size", {"shortest_edge": size}), where)
     cropped = config.get("do_center_crop", cfg.family == "clip")
     final = _sizes(config.get("crop_size", resized), where)[1] if cropped else resized
@@ -123,7 +120,7 @@ def hf_preprocess(config: Mapping[str, Any], cfg: Dual, where: str) -> Preproces
             f"{where}: gives images of {final} pixels, the model takes {size} x {size}: "
             "use the files of one release"
         )
-    return Preprocess(size, resample=resample, shortest=resized if by_shorter else 0)
+    return Preprocess(size, resample=RESAMPLE[number], shortest=resized if by_shorter else 0)
 
 
 def _sizes(value: Any, where: str) -> tuple[bool, int]:
@@ -139,12 +136,14 @@ def _sizes(value: Any, where: str) -> tuple[bool, int]:
     raise UserError(f"{where}: size {value!r}: expected one number, or equal height and width")
 
 
-def open_clip_preprocess(config: Mapping[str, Any], cfg: Dual, where: str) -> Preprocess:
+def open_clip_preprocess(config: Any, cfg: Dual, where: str) -> Preprocess:
     """Preprocessing by the ``preprocess_cfg`` of an ``open_clip_config.json``.
 
     Raises:
         UserError: a way to resize that is not supported.
     """
+    if not isinstance(config, Mapping):
+        raise UserError(f"{where}: preprocess_cfg is no group of keys: restore the config")
     size = cfg.vision.image_size
     mode = config.get("resize_mode", "shortest")
     resample = config.get("interpolation", "bicubic")

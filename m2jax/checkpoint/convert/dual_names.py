@@ -49,6 +49,14 @@ class Slot(NamedTuple):
         parts = np.split(tensor, len(self.rule.names)) if fused else [tensor]
         return [_TURNS[self.rule.turn](part) for part in parts]
 
+    def shape(self, ours: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the file's tensor, from that of (each of) our parameters."""
+        turned = {"": range(len(ours)), "T": (1, 0), "conv": (3, 2, 0, 1)}[self.rule.turn]
+        shape = tuple(ours[axis] for axis in turned)
+        if len(self.rule.names) > 1:
+            shape = (len(self.rule.names) * shape[0], *shape[1:])
+        return (1,) * self.rule.ones + shape
+
     def outward(self, arrays: list[Shaped[np.ndarray, ...]]) -> Shaped[np.ndarray, ...]:
         """Our parameters as the file's tensor."""
         parts = [_BACK[self.rule.turn](array) for array in arrays]

@@ -59,14 +59,12 @@ def pieces(
 
 def shapes(cfg: Dual, layout: str) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor of a release of this config."""
-    ours = {
-        name: np.broadcast_to(np.int8(0), leaf.shape)
-        for name, leaf in params_lib.flatten(params_lib.abstract(cfg).params).items()
-    }
-    return {
-        theirs: slot.outward([_part(ours[name], slot) for name in slot.rule.names]).shape
-        for theirs, slot in slots(cfg, layout).items()
-    }
+    ours = params_lib.flatten(params_lib.abstract(cfg).params)
+    found = {}
+    for theirs, slot in slots(cfg, layout).items():
+        shape = ours[slot.rule.names[0]].shape[0 if slot.layer is None else 1 :]
+        found[theirs] = slot.shape(shape if slot.rows is None else (slot.rows, *shape[1:]))
+    return found
 
 
 class Release(Mapping[str, np.ndarray]):

@@ -224,9 +224,9 @@ def _part(
 ) -> dict[str, Any]:
     """One sub-config over the library's defaults, each value of the default's type."""
     given, where = config.get(name, {}), f"{where}: {name}"
-    if not isinstance(given, Mapping):
-        raise UserError(f"{where}: no group of keys: restore the config")
     historic = config.get(f"{name}_dict") or {}  # wins over the group in transformers
+    if not isinstance(given, Mapping) or not isinstance(historic, Mapping):
+        raise UserError(f"{where}: no group of keys: restore the config")
     if any(given.get(key, value) != value for key, value in historic.items()):
         raise UserError(f"{where}: {name}_dict says otherwise: leave one of the two in the file")
     given = {**historic, **given}

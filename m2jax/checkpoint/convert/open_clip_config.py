@@ -115,7 +115,7 @@ def read(config: Mapping[str, Any], where: str) -> Dual:
         )
     except KeyError as error:
         raise UserError(f"{where}: no {error.args[0]!r}: restore the config") from None
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(f"{where}: a value of the wrong type ({error}): restore it") from None
     return check(cfg, where)
 
@@ -184,12 +184,12 @@ def _vision(model: Mapping[str, Any], vision: Mapping[str, Any], pre: Any, where
         layers=layers,
         heads=width // vision.get("head_width", 64),
         mlp_width=int(width * vision.get("mlp_ratio", 4.0)),
-        activation=_activation(model, vision),
+        activation=_activation(model, vision, where),
         eps=_eps(vision, where),
         image_size=vision.get("image_size", 224),
         patch_size=vision.get("patch_size", 16),
         pre_norm=not vision.get("no_ln_pre", False),
-        **_normalisation(pre, Vision.mean, Vision.std),
+        **_normalisation(pre),
     )
 
 
@@ -212,7 +212,7 @@ def _trunk(vision: Mapping[str, Any], pre: Any, where: str) -> Vision:
         pre_norm=False,
         pooling="map",
         projection=False,
-        **_normalisation(pre, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+        **_normalisation(pre),
     )
 
 
@@ -242,7 +242,7 @@ def _text(model: Mapping[str, Any], text: Mapping[str, Any], where: str) -> Text
         layers=text.get("layers", 12),
         heads=text.get("heads", 8),
         mlp_width=int(width * text.get("mlp_ratio", 4.0)),
-        activation=_activation(model, text),
+        activation=_activation(model, text, where),
         eps=_eps(text, where),
         vocab_size=text.get("vocab_size", 49408),
         positions=text.get("context_length", 77),
@@ -260,11 +260,14 @@ def _ratio(tower: Tower) -> float:
     return ratio if exact else (tower.mlp_width + 0.5) / tower.width
 
 
-def _activation(model: Mapping[str, Any], part: Mapping[str, Any]) -> str:
-    if model.get("quick_gelu", False):
+def _activation(model: Mapping[str, Any], part: Mapping[str, Any], where: str) -> str:
+    """What open_clip builds: quick_gelu for the whole model, or GELU with a tower's own form."""
+    given, quick = part.get("act_kwargs") or {}, model.get("quick_gelu", False)
+    if given not in ({}, {"approximate": "tanh"}, {"approximate": "none"}) or (quick and given):
+        raise UserError(f"{where}: act_kwargs={given!r}: only approximate of GELU is supported")
+    if quick:
         return "quick_gelu"
-    tanh = (part.get("act_kwargs") or {}).get("approximate") == "tanh"
-    return "gelu_tanh" if tanh else "gelu"
+    return "gelu_tanh" if given.get("approximate") == "tanh" else "gelu"
 
 
 def _act(activation: str) -> dict[str, Any]:
@@ -278,6 +281,8 @@ def _eps(part: Mapping[str, Any], where: str) -> float:
     return float(given.get("eps", 1e-5))
 
 
-def _normalisation(pre: Any, mean: tuple[float, ...], std: tuple[float, ...]) -> dict[str, Any]:
+def _normalisation(pre: Any) -> dict[str, Any]:
+    """Mean and standard deviation; open_clip's default is OpenAI's, for SigLIP too."""
     given = pre if isinstance(pre, Mapping) else {}
-    return {"mean": numbers(given.get("mean", mean)), "std": numbers(given.get("std", std))}
+    mean, std = given.get("mean", Vision.mean), given.get("std", Vision.std)
+    return {"mean": numbers(mean), "std": numbers(std)}

@@ -191,13 +191,16 @@ def test_a_historic_copy_of_a_group_must_agree():
         ("text_cfg", "proj_bias", True),
         ("text_cfg", "width", "768"),
         ("vision_cfg", "image_size", "224"),
+        ("vision_cfg", "width", float("inf")),
+        ("text_cfg", "act_kwargs", ["tanh"]),
     ],
 )
 def test_an_open_clip_key_that_may_change_the_function_is_refused_by_name(group, key, value):
     config = copy.deepcopy(OPEN_CLIP)
     model = config["model_cfg"]
     (model if group == "model_cfg" else model[group])[key] = value
-    words = {"768": "wrong type"}.get(str(value), key)
+    wrong_type = value in ("768", float("inf"))
+    words = "wrong type" if wrong_type else key
     with pytest.raises(UserError, match=rf"o\.json.*{words}"):
         open_clip_config.read(config, "o.json")
 
@@ -206,6 +209,13 @@ def test_an_open_clip_key_that_may_change_the_function_is_refused_by_name(group,
 def test_other_models_are_refused(config):
     with pytest.raises(UserError, match="model_type"):
         hf_config.read(config, {}, "x")
+
+
+@pytest.mark.parametrize("group", ["vision_config", "text_config", "vision_config_dict"])
+@pytest.mark.parametrize("value", [3, "x", [1]])
+def test_a_group_that_is_none_is_refused(group, value):
+    with pytest.raises(UserError, match="no group of keys"):
+        hf_config.read(CLIP_HF | {group: value}, {}, "x")
 
 
 def test_what_a_library_cannot_hold_is_not_written():

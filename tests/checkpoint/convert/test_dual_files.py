@@ -44,6 +44,8 @@ def test_preprocessor_configs(family, config, wanted):
         ({"do_normalize": None}, "do_normalize=None"),
         ({"rescale_factor": 1 / 127.5}, "rescale_factor"),
         ({"resample": 7}, "resample=7"),
+        ({"resample": [3]}, "resample"),
+        ({"rescale_factor": "x"}, "rescale_factor"),
         ({"size": {"longest_edge": 22}}, "size"),
         ({"size": {"height": 22, "width": 30}}, "equal height and width"),
         ({"size": "22"}, "expected one number"),
@@ -68,6 +70,8 @@ def test_open_clip_preprocessing():
     for wrong in ({"resize_mode": "longest"}, {"interpolation": "random"}):
         with pytest.raises(UserError, match=next(iter(wrong))):
             read(wrong, clip, "x")
+    with pytest.raises(UserError, match="no group of keys"):
+        read(["squash"], clip, "x")
 
 
 def test_siglip_reads_spiece_model_by_the_rules_of_each_library(tmp_path):
