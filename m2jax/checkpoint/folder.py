@@ -7,18 +7,21 @@ reads it. Orbax writes into a temporary sibling and renames it: the folder is co
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 
 from m2jax.checkpoint import manager
 from m2jax.config import UserError
 from m2jax.config_dual import Architecture
 
-WRITING_GB = 1  # of parameters on their way to disk at any time
+CHUNK_BYTES = 64 * 2**20  # of a parameter, to a file; memory for writing is a few of them
 
 
 def check_absent(directory: Path) -> None:
@@ -56,15 +59,22 @@ def write(
     check_absent(directory)
     assets = {"tokenizer": tokenizer, "preprocess": preprocess}
     bundle = manager.bundle_item(model, assets)
+    # Orbax would hold all parameters on the host at once. This lets one be there, the largest, and
+    # not twice: the usual single-file store (OCDBT) keeps what it has written until the end.
+    room: Any = (max(leaf.nbytes for leaf in jax.tree.leaves(params)) + CHUNK_BYTES) / 1e9
     handlers = ocp.CompositeCheckpointHandler(
-        state=ocp.PyTreeCheckpointHandler(save_concurrent_gb=WRITING_GB),
+        state=ocp.PyTreeCheckpointHandler(
+            use_ocdbt=False, save_concurrent_gb=room, save_device_host_concurrent_gb=room
+        ),
         bundle=ocp.JsonCheckpointHandler(),
     )
+    state = {"params": params}
+    chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), state)
     items = ocp.args.Composite(
-        state=ocp.args.PyTreeSave({"params": params}), bundle=ocp.args.JsonSave(bundle)
+        state=ocp.args.PyTreeSave(state, save_args=chunks), bundle=ocp.args.JsonSave(bundle)
     )
     try:
-        with ocp.Checkpointer(handlers) as checkpointer:
+        with _without_merge_warning(), ocp.Checkpointer(handlers) as checkpointer:
             checkpointer.save(directory.absolute(), args=items)
     except BaseException as error:
         for part in directory.absolute().parent.glob(f"{directory.name}.orbax-checkpoint-tmp*"):
@@ -74,3 +84,18 @@ def write(
                 f"{directory}: cannot be written ({error.strerror}): make room there"
             ) from error
         raise
+
+
+@contextlib.contextmanager
+def _without_merge_warning() -> Iterator[None]:
+    """Drops Orbax's warning that there is no single-file store to merge: there is none to be."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "merge of OCDBT" not in record.getMessage()
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
