@@ -30,6 +30,7 @@ from m2jax.data.image import Preprocess
 from m2jax.data.text import Tokenizer, Tokens, tokenizer_from_dict
 from m2jax.dist.mesh import make_mesh
 from m2jax.dist.sharding import AxisRules
+from m2jax.models import layers
 from m2jax.models import params as params_lib
 from m2jax.models.dual import DualEncoder
 from m2jax.models.m2 import M2Encoder
@@ -87,8 +88,11 @@ class Bundle:
         text_features: Float[Array, "texts dim"],
     ) -> Float[Array, "images texts"]:
         """Cosines times exp(logit_scale), plus logit_bias where the model has one (SigLIP)."""
-        scaled = jnp.exp(self.params["logit_scale"]) * (image_features @ text_features.T)
-        return scaled + self.params.get("logit_bias", 0.0)
+        scale, bias = (  # half-precision weights would round the logits, by 1 in 2,048
+            jnp.asarray(x, layers.at_least_float32(jnp.result_type(x)))
+            for x in (self.params["logit_scale"], self.params.get("logit_bias", jnp.zeros(())))
+        )
+        return jnp.exp(scale) * (image_features @ text_features.T) + bias
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -181,7 +181,10 @@ def test_weights_of_half_precision_stay_so(tmp_path):
     same_params(half, bundle.params)
     assert bundle.config.param_dtype == "float16"
     pixels = inputs(cfg)[0]
-    assert bundle.encode_image(pixels).dtype == np.float32
+    image = bundle.encode_image(pixels)
+    assert image.dtype == np.float32
+    scale = np.exp(np.float32(half["logit_scale"]))
+    np.testing.assert_allclose(bundle.logits(image, image), scale * (image @ image.T), 1e-6)
 
 
 def exported(tmp_path):
