@@ -12,21 +12,28 @@ UV ?= $(shell command -v uv)
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help demo test lint notebooks lock clean
+TORCH := .venv-torch/bin
+TORCH_READY := .venv-torch/ready
+
+.PHONY: help demo test test-torch lint notebooks lock clean
 
 help:
 	@echo 'make demo       train the demo into runs/demo and write its report (about 15 minutes)'
 	@echo 'make test       lint, types, import rules, tests'
+	@echo 'make test-torch the tests against PyTorch, transformers and open_clip (a .venv-torch of 2 GB)'
 	@echo 'make lint       the first three alone'
 	@echo 'make notebooks  run the notebooks'
 	@echo 'make lock       resolve requirements/*.txt anew (needs uv)'
-	@echo 'make clean      remove .venv, caches and build folders; runs/ stays'
+	@echo 'make clean      remove .venv, .venv-torch, caches and build folders; runs/ stays'
 
 demo: $(READY)
 	$(BIN)/m2jax train --config configs/emoji.py --workdir runs/demo
 
 test: lint
 	$(BIN)/python -m pytest -n 2
+
+test-torch: $(TORCH_READY)
+	$(TORCH)/python -m pytest -n 0 -m torch
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -53,6 +60,17 @@ else
 endif
 	touch $@
 
+# Always with pip: only it takes the CPU build of torch (see requirements/torch.txt).
+$(TORCH_READY): requirements/torch.txt requirements/dev.txt
+	@echo 'setting up .venv-torch: about two minutes'
+	rm -rf .venv-torch
+	$(PYTHON) -m venv .venv-torch
+	$(TORCH)/python -m pip install --quiet "$$(grep '^torch==' requirements/torch.txt)"
+	$(TORCH)/python -m pip install --quiet --no-deps --require-hashes -r requirements/dev.txt
+	$(TORCH)/python -m pip install --quiet --no-deps -r requirements/torch.txt
+	$(TORCH)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
 COMPILE := uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --no-emit-find-links --custom-compile-command 'make lock' --upgrade --quiet
 
@@ -61,4 +79,4 @@ lock:
 	$(COMPILE) --extra dev -o requirements/dev.txt
 
 clean:
-	rm -rf .venv .cache build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-torch .cache build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from m2jax.bundle import Bundle, create_model, list_models, load
+    from m2jax.checkpoint.convert.inward import convert
+    from m2jax.checkpoint.convert.outward import export
     from m2jax.config import Experiment, UserError, load_config
     from m2jax.data.loader import make_loader
     from m2jax.dist.bootstrap import start
@@ -30,7 +32,9 @@ _HOME = {  # public name -> the module that defines it
     "Task": "m2jax.train.task",
     "UserError": "m2jax.config",
     "contrastive_loss": "m2jax.losses.contrastive",
+    "convert": "m2jax.checkpoint.convert.inward",
     "create_model": "m2jax.bundle",
+    "export": "m2jax.checkpoint.convert.outward",
     "list_models": "m2jax.bundle",
     "load": "m2jax.bundle",
     "load_config": "m2jax.config",
@@ -48,7 +52,9 @@ __all__ = [
     "UserError",
     "__version__",
     "contrastive_loss",
+    "convert",
     "create_model",
+    "export",
     "list_models",
     "load",
     "load_config",

@@ -22,12 +22,17 @@ from jaxtyping import Array, Bool, Float, Int
 from PIL import Image
 
 from m2jax import config as config_lib
-from m2jax.checkpoint import manager
+from m2jax.checkpoint import hub, manager
+from m2jax.checkpoint.convert import inward
 from m2jax.config import UserError
+from m2jax.config_dual import Architecture
 from m2jax.data.image import Preprocess
-from m2jax.data.text import SentencePieceTokenizer, Tokens, tokenizer_from_dict
+from m2jax.data.text import Tokenizer, Tokens, tokenizer_from_dict
+from m2jax.dist.mesh import make_mesh
 from m2jax.dist.sharding import AxisRules
+from m2jax.models import layers
 from m2jax.models import params as params_lib
+from m2jax.models.dual import DualEncoder
 from m2jax.models.m2 import M2Encoder
 from m2jax.models.params import Params
 
@@ -36,14 +41,14 @@ from m2jax.models.params import Params
 class Bundle:
     """A dual encoder, ready to use."""
 
-    config: config_lib.Model
+    config: Architecture
     graph: nnx.GraphDef
     params: Params
-    tokenizer: SentencePieceTokenizer
+    tokenizer: Tokenizer | None  # an imported model may come without one
     preprocessing: Preprocess
 
     @property
-    def model(self) -> M2Encoder:
+    def model(self) -> M2Encoder | DualEncoder:
         """The module itself, for what the methods below do not offer."""
         return params_lib.bind(self.graph, self.params)
 
@@ -62,7 +67,15 @@ class Bundle:
         return _text_features(self.graph, self.params, jnp.asarray(ids), jnp.asarray(mask))
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:
-        """Token ids and mask of texts, ready for ``encode_text``."""
+        """Token ids and mask of texts, ready for ``encode_text``.
+
+        Raises:
+            UserError: the model was imported without a tokenizer.
+        """
+        if self.tokenizer is None:
+            raise UserError(
+                f"{self.config.name}: has no tokenizer: import it again with --tokenizer DIR"
+            )
         return self.tokenizer(texts)
 
     def preprocess(self, images: Sequence[Image.Image]) -> Float[np.ndarray, "batch size size 3"]:
@@ -74,8 +87,12 @@ class Bundle:
         image_features: Float[Array, "images dim"],
         text_features: Float[Array, "texts dim"],
     ) -> Float[Array, "images texts"]:
-        """Cosines times exp(logit_scale), as the release's demo has it (spec section 6)."""
-        return jnp.exp(self.params["logit_scale"]) * (image_features @ text_features.T)
+        """Cosines times exp(logit_scale), plus logit_bias where the model has one (SigLIP)."""
+        scale, bias = (  # half-precision weights would round the logits, by 1 in 2,048
+            jnp.asarray(x, layers.at_least_float32(jnp.result_type(x)))
+            for x in (self.params["logit_scale"], self.params.get("logit_bias", jnp.zeros(())))
+        )
+        return jnp.exp(scale) * (image_features @ text_features.T) + bias
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -96,37 +113,47 @@ def load(
     """Loads a trained model.
 
     Args:
-        path: a work directory (its newest checkpoint is taken) or one checkpoint folder.
+        path: a work directory (its newest checkpoint is taken), one checkpoint folder, a model
+            folder made by ``convert``, a folder made by ``export``, or ``hf:OWNER/NAME`` (with
+            ``@REVISION`` if need be): such a folder on the Hugging Face Hub.
         dtype: precision of the computation; parameters keep theirs.
         mesh: where the parameters are laid out by the usual rules; one device if not given.
 
     Raises:
         UserError: there is no such directory, or nothing readable in it.
     """
-    directory = Path(path)
+    directory = hub.download(path) if hub.is_hub(path) else Path(path)
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory: name a work directory or a checkpoint")
+    mesh = mesh or make_mesh(config_lib.Mesh(), jax.devices()[:1])
+    arch = inward.detect(directory)
+    if arch is not None:
+        return _load_exported(directory, arch, dtype, mesh)
     checkpoint = directory if (directory / "bundle").is_dir() else manager.newest(directory)
     saved = manager.read_bundle(checkpoint)
-    model = dataclasses.replace(saved.experiment.model, dtype=dtype)
+    tokenizer = saved.assets["tokenizer"]
+    model = dataclasses.replace(saved.model, dtype=dtype)
     abstract = params_lib.abstract(model)
-    place = (
-        jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), abstract.params)
-        if mesh is None
-        else params_lib.shardings(abstract, mesh, AxisRules())
-    )
     shapes = jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
         abstract.params,
-        place,
+        params_lib.shardings(abstract, mesh, AxisRules()),
     )
     return Bundle(
         model,
         abstract.graph,
         manager.read_params(checkpoint.absolute(), shapes),
-        tokenizer_from_dict(saved.assets["tokenizer"]),
+        None if tokenizer is None else tokenizer_from_dict(tokenizer),
         Preprocess(**saved.assets["preprocess"]),
     )
+
+
+def _load_exported(directory: Path, arch: str, dtype: str, mesh: Mesh) -> Bundle:
+    """A folder in another format, read as ``convert`` reads it but not checked."""
+    imported = inward.read(directory, arch=arch, mesh=mesh)
+    model = dataclasses.replace(imported.config, dtype=dtype)
+    graph = params_lib.abstract(model).graph
+    return Bundle(model, graph, imported.params, imported.tokenizer, imported.preprocess)
 
 
 def list_models() -> list[str]:

@@ -256,7 +256,7 @@ def build(config: ConfigDict) -> Experiment:
     Raises:
         UserError: a value is out of its choices or sizes do not fit together.
     """
-    experiment = _dataclass(Experiment, config.to_dict(), "config")
+    experiment = from_mapping(Experiment, config.to_dict(), "config")
     return dataclasses.replace(experiment, model=resolve(experiment.model))
 
 
@@ -310,7 +310,7 @@ def from_json(text: str, where: str = "config.json") -> Experiment:
         raise UserError(f"{where}: not a JSON file ({error}): restore it from a backup") from None
     if not isinstance(values, dict):
         raise UserError(f"{where}: holds no JSON object: restore it from a backup")
-    return _dataclass(Experiment, values, where)
+    return from_mapping(Experiment, values, where)
 
 
 def _run_file(file: Path, arg: str) -> ConfigDict:
@@ -370,7 +370,7 @@ _CHOICES: Mapping[tuple[type, str], tuple[str, ...]] = types.MappingProxyType(
     {
         (Model, "init"): ("torch", "scaled"),
         (Model, "dtype"): ("bfloat16", "float32", "float64"),
-        (Model, "param_dtype"): ("bfloat16", "float32", "float64"),
+        (Model, "param_dtype"): ("bfloat16", "float16", "float32", "float64"),
         (Model, "remat"): ("none", "full", "dots"),
         (Optim, "name"): ("adamw", "adafactor", "lion", "muon"),
         (Optim, "schedule"): ("cosine", "linear", "constant"),
@@ -379,8 +379,12 @@ _CHOICES: Mapping[tuple[type, str], tuple[str, ...]] = types.MappingProxyType(
 )
 
 
-def _dataclass(cls: type, values: Any, where: str) -> Any:
-    """Builds a config dataclass from nested mappings, refusing what does not fit."""
+def from_mapping(cls: type, values: Any, where: str) -> Any:
+    """Builds a config dataclass from nested mappings, refusing what does not fit.
+
+    Raises:
+        UserError: an unknown key, a value of the wrong type or out of its choices.
+    """
     if not isinstance(values, Mapping):
         raise UserError(f"{where}: expected a group of keys, found {type(values).__name__}")
     hints = typing.get_type_hints(cls)
@@ -394,7 +398,7 @@ def _dataclass(cls: type, values: Any, where: str) -> Any:
 def _value(cls: type, key: str, hint: Any, value: Any, where: str) -> Any:
     """One field's value, checked against its annotation and its choices."""
     if dataclasses.is_dataclass(hint):
-        return _dataclass(typing.cast(type, hint), value, where)
+        return from_mapping(typing.cast(type, hint), value, where)
     kind = typing.get_origin(hint) or hint
     if kind is tuple and isinstance(value, (list, tuple)):
         return tuple(value)

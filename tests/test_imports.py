@@ -21,13 +21,15 @@ HOMES = {
     "tensorflow_datasets": "data",
     "array_record": "data",
     "sentencepiece": "data",
+    "tokenizers": "data",
     "tensorboardX": "obs",
     "wandb": "obs",
+    "huggingface_hub": "checkpoint",
     "torch": "checkpoint/convert",
     "transformers": "checkpoint/convert",
 }
 FORBIDDEN = {"tensorflow", "keras"}
-ONLY_IN_FUNCTIONS = {"torch", "transformers"}
+ONLY_IN_FUNCTIONS = {"torch", "transformers", "tokenizers", "huggingface_hub"}
 
 
 def test_import_is_quick_and_loads_no_jax() -> None:

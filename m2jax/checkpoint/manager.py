@@ -16,7 +16,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from m2jax import config as config_lib
+from m2jax import config_dual
 from m2jax.config import UserError
+from m2jax.config_dual import Architecture, Dual
 
 FORMAT = 1  # of the folder; raised when a reader of today could not read it
 
@@ -42,11 +44,7 @@ class Checkpoints:
         self, workdir: Path, experiment: config_lib.Experiment, assets: dict[str, Any]
     ) -> None:
         self._experiment = experiment
-        self._bundle = {
-            "format": FORMAT,
-            "config": config_lib.to_json(experiment),
-            "assets": assets,
-        }
+        self._bundle = _bundle(experiment, assets)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=experiment.checkpoint.keep, enable_async_checkpointing=True
         )
@@ -79,7 +77,7 @@ class Checkpoints:
         step = max(steps)
         where = f"{self._manager.directory}/{step}"
         bundle = read_bundle(Path(self._manager.directory) / str(step))
-        _same_architecture(bundle.experiment.model, self._experiment.model, where)
+        _same_architecture(bundle.model, self._experiment.model, where)
         items = ocp.args.Composite(
             state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore()
         )
@@ -104,8 +102,19 @@ class Checkpoints:
 class Saved(NamedTuple):
     """The part of a checkpoint that is no array."""
 
-    experiment: config_lib.Experiment
+    model: Architecture
     assets: dict[str, Any]
+
+
+def bundle_item(model: Architecture, assets: dict[str, Any]) -> dict[str, Any]:
+    """What makes parameters usable by someone else, as JSON; ``read_bundle`` is the inverse."""
+    if isinstance(model, Dual):
+        return {"format": FORMAT, "dual": config_dual.to_json(model), "assets": assets}
+    return _bundle(config_lib.Experiment(model=model), assets)
+
+
+def _bundle(experiment: config_lib.Experiment, assets: dict[str, Any]) -> dict[str, Any]:
+    return {"format": FORMAT, "config": config_lib.to_json(experiment), "assets": assets}
 
 
 def folder(workdir: Path) -> Path:
@@ -143,8 +152,10 @@ def read_bundle(checkpoint: Path) -> Saved:
         raise UserError(
             f"{checkpoint}: format {saved.get('format')} but this m2jax reads {FORMAT}: update it"
         )
-    experiment = config_lib.from_json(saved["config"], f"{checkpoint}/bundle")
-    return Saved(experiment, saved["assets"])
+    where = f"{checkpoint}/bundle"
+    if "dual" in saved:
+        return Saved(config_dual.from_json(saved["dual"], where), saved["assets"])
+    return Saved(config_lib.from_json(saved["config"], where).model, saved["assets"])
 
 
 def read_params(checkpoint: Path, abstract_params: Any) -> Any:
@@ -172,10 +183,10 @@ def read_params(checkpoint: Path, abstract_params: Any) -> Any:
         ) from error
 
 
-def _same_architecture(saved: config_lib.Model, wanted: config_lib.Model, where: str) -> None:
+def _same_architecture(saved: Architecture, wanted: config_lib.Model, where: str) -> None:
     """Refuses parameters of other shapes, naming the first size that differs."""
     for key in config_lib.SIZES:
-        had, want = getattr(saved, key), getattr(wanted, key)
+        had, want = getattr(saved, key, "absent"), getattr(wanted, key)
         if had != want:
             raise UserError(
                 f"{where}: model.{key} is {had} there and {want} in this run: "

@@ -9,13 +9,16 @@ import traceback
 from collections.abc import Sequence
 
 from m2jax import __version__
-from m2jax.cli import data, doctor, embed, evaluate, inspect, train
+from m2jax.cli import convert, data, doctor, embed, evaluate, inspect, train
 from m2jax.dist.host import restart_with_huge_pages
 
 # Each has add_parser(subparsers) and run(args) -> exit code. None imports jax before it runs.
-VERBS = (doctor, data, train, evaluate, embed, inspect)
+VERBS = (doctor, data, train, evaluate, embed, convert, inspect)
 
-EXIT_CODES = "exit codes: 0 done, 1 the program failed, 2 wrong usage or bad input"
+EXIT_CODES = (
+    "exit codes: 0 done, 1 the program failed, 2 wrong usage or bad input, "
+    "4 an imported model failed its check"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Sequence
@@ -15,12 +16,18 @@ from PIL import Image
 
 from m2jax.config import UserError
 
+Resample = Literal["nearest", "lanczos", "bilinear", "bicubic"]
+
 PIXEL_LIMIT = 64 * 2**20  # of one image; a decompression bomb has more
 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """Straight resize to a square, as the M2 release does it (spec section 9): PIL bicubic.
+    """PIL images to the square an encoder takes, by PIL's own resampling.
+
+    Without ``shortest`` the image is resized straight to the square, as the M2 release (spec
+    section 9), SigLIP and Chinese-CLIP do it. With it, the shorter side is resized to that many
+    pixels, the longer one in proportion (rounded down), and the centre is cut out: CLIP.
 
     ``background="drop"`` ignores transparency like ``convert("RGB")``; ``"white"`` puts drawings on
     white first, which is how the emoji set is meant to be seen.
@@ -28,14 +35,44 @@ class Preprocess:
 
     size: int
     background: Literal["drop", "white"] = "drop"
+    resample: Resample = "bicubic"
+    shortest: int = 0  # pixels of the shorter side before the centre is cut out; 0: no cutting
+    cut: Literal["floor", "even"] = "floor"  # of half an odd margin: transformers' | torchvision's
+
+    def __post_init__(self) -> None:
+        if self.shortest and self.shortest < self.size:
+            raise UserError(
+                f"preprocessing: shorter side {self.shortest} below the square {self.size}: "
+                "mend the release's preprocessing file"
+            )
 
     def __call__(self, images: Sequence[Image.Image]) -> Float32[np.ndarray, "batch size size 3"]:
         """Pixels in [0, 1]; the first frame of an animation, 16-bit scaled down by PIL."""
         batch = np.empty((len(images), self.size, self.size, 3), np.float32)
         for row, image in enumerate(images):
-            rgb = self._rgb(image).resize((self.size, self.size), Image.Resampling.BICUBIC)
-            batch[row] = np.asarray(rgb, np.float32) / 255
+            batch[row] = np.asarray(self._square(self._rgb(image)), np.float32) / 255
         return batch
+
+    def _square(self, rgb: Image.Image) -> Image.Image:
+        resample = Image.Resampling[self.resample.upper()]
+        if not self.shortest:
+            return rgb.resize((self.size, self.size), resample)
+        short = min(rgb.size)
+        width, height = (int(self.shortest * side / short) for side in rgb.size)
+        left, top = self._margin(width), self._margin(height)
+        kept = (left, top, left + self.size, top + self.size)
+        if width * height <= PIXEL_LIMIT:
+            return rgb.resize((width, height), resample).crop(kept)
+        # A strip of 1 x 1,000,000 would grow to billions of pixels: resample what is kept alone,
+        # the same but for rounding.
+        across, down = rgb.width / width, rgb.height / height
+        box = (kept[0] * across, kept[1] * down, kept[2] * across, kept[3] * down)
+        return rgb.resize((self.size, self.size), resample, box=box)
+
+    def _margin(self, side: int) -> int:
+        """Pixels cut off before the centre."""
+        odd_half = (side - self.size) / 2
+        return math.floor(odd_half) if self.cut == "floor" else round(odd_half)
 
     def _rgb(self, image: Image.Image) -> Image.Image:
         if self.background == "drop" or not image.has_transparency_data:

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import base64
+import importlib
 import io
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import sentencepiece as spm
@@ -24,6 +25,18 @@ class Tokens(NamedTuple):
     mask: Bool[np.ndarray, "batch length"]  # True for tokens, False for padding
 
 
+class Tokenizer(Protocol):
+    """Texts to token ids; each kind of ``to_dict`` has its line in ``tokenizer_from_dict``."""
+
+    def __call__(self, texts: Sequence[str]) -> Tokens:
+        """Tokenises texts; any string will do, the empty one included."""
+        ...
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps, its ``kind`` included."""
+        ...
+
+
 class SentencePieceTokenizer:
     """[CLS] pieces end, padded to ``max_len``; long texts lose their end.
 
@@ -37,10 +50,7 @@ class SentencePieceTokenizer:
 
     def __init__(self, model: bytes, max_len: int) -> None:
         self.model, self.max_len = model, max_len
-        try:
-            self._processor = spm.SentencePieceProcessor(model_proto=model)
-        except (RuntimeError, ValueError, TypeError) as error:
-            raise UserError(f"tokenizer: no SentencePiece model ({error}): rebuild it") from error
+        self._processor = open_model(model)
 
     @property
     def vocab_size(self) -> int:
@@ -51,7 +61,7 @@ class SentencePieceTokenizer:
         """Tokenises texts; any string will do, the empty one included."""
         ids = np.full((len(texts), self.max_len), PAD, np.int32)
         mask = np.zeros((len(texts), self.max_len), np.bool_)
-        for row, pieces in enumerate(self._processor.encode(list(texts))):
+        for row, pieces in enumerate(self._processor.encode([well_formed(t) for t in texts])):
             line = [CLS, *pieces[: self.max_len - 2], END]
             ids[row, : len(line)] = line
             mask[row, : len(line)] = True
@@ -62,20 +72,62 @@ class SentencePieceTokenizer:
         model = base64.b64encode(self.model).decode()
         return {"kind": "sentencepiece", "model": model, "max_len": self.max_len}
 
+    @classmethod
+    def from_dict(cls, saved: dict[str, Any]) -> SentencePieceTokenizer:
+        """Inverse of ``to_dict``; see ``tokenizer_from_dict``."""
+        return cls(*sentencepiece_fields(saved))
 
-def tokenizer_from_dict(saved: dict[str, Any]) -> SentencePieceTokenizer:
+
+# Kind in a checkpoint -> module and class; the class has from_dict, the inverse of to_dict.
+_KINDS = {
+    "sentencepiece": ("m2jax.data.text", "SentencePieceTokenizer"),
+    "glm": ("m2jax.data.glm", "GLMTokenizer"),
+    "siglip": ("m2jax.data.siglip_text", "SiglipTokenizer"),
+    "tokenizer.json": ("m2jax.data.hf_text", "FastTokenizer"),
+}
+
+
+def tokenizer_from_dict(saved: dict[str, Any]) -> Tokenizer:
     """Inverse of ``to_dict``.
 
     Raises:
         UserError: an unknown kind or damaged bytes.
     """
-    if saved.get("kind") != "sentencepiece":
+    if saved.get("kind") not in _KINDS:
         raise UserError(f"tokenizer: kind {saved.get('kind')!r} is unknown: update m2jax")
+    module, name = _KINDS[saved["kind"]]
+    return getattr(importlib.import_module(module), name).from_dict(saved)
+
+
+def open_model(model: bytes) -> spm.SentencePieceProcessor:
+    """The runtime of a SentencePiece model.
+
+    Raises:
+        UserError: the bytes are no such model.
+    """
     try:
-        model = base64.b64decode(saved["model"], validate=True)
-    except (KeyError, ValueError) as error:
+        return spm.SentencePieceProcessor(model_proto=model)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise UserError(
+            f"tokenizer: no SentencePiece model ({error}): take an undamaged one"
+        ) from error
+
+
+def well_formed(text: str) -> str:
+    """The text with lone surrogates, which UTF-8 cannot hold, as question marks."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def sentencepiece_fields(saved: dict[str, Any]) -> tuple[bytes, int]:
+    """Model bytes and length of a saved tokenizer that runs on SentencePiece.
+
+    Raises:
+        UserError: they are missing or damaged.
+    """
+    try:
+        return base64.b64decode(saved["model"], validate=True), int(saved["max_len"])
+    except (KeyError, ValueError, TypeError) as error:
         raise UserError("tokenizer: damaged: use another checkpoint") from error
-    return SentencePieceTokenizer(model, int(saved["max_len"]))
 
 
 def train_tokenizer(lines: Sequence[str], vocab_size: int) -> bytes:

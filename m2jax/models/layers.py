@@ -119,8 +119,10 @@ def normed(norm: LayerNorm, *linears: Linear) -> Callable[[Float[Array, "... i"]
     cuts = [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)]
 
     def apply(x: jax.Array) -> list[jax.Array]:
-        folded = (scale[:, None] * kernel).astype(x.dtype)
-        y = standardise(x, norm.eps) @ folded + (shift @ kernel + bias).astype(x.dtype)
+        wide = jnp.promote_types(x.dtype, kernel.dtype)  # half-precision weights lose no bit here
+        g, b, w, c = (array.astype(wide) for array in (scale, shift, kernel, bias))
+        folded = (g[:, None] * w).astype(x.dtype)
+        y = standardise(x, norm.eps) @ folded + (b @ w + c).astype(x.dtype)
         return jnp.split(y, cuts, axis=-1)
 
     return apply
@@ -161,3 +163,11 @@ def drop_path(
     keep = 1.0 - rate
     kept = jax.random.bernoulli(rng, keep, (x.shape[0],) + (1,) * (x.ndim - 1))
     return jnp.where(kept, x / jnp.asarray(keep, x.dtype), jnp.zeros((), x.dtype))
+
+
+def rematerialise(layer: Callable[..., jax.Array], policy: str) -> Callable[..., jax.Array]:
+    """What the backward pass recomputes: nothing, all but matrix products, or all of a layer."""
+    if policy == "none":
+        return layer
+    policies = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+    return jax.checkpoint(layer, policy=policies[policy])

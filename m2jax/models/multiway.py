@@ -127,7 +127,7 @@ class Encoder(nnx.Module):
             tokens = tokens * token_mask[..., None].astype(tokens.dtype)
         ways = [way for way, _ in branches(tokens, split)]
         graphs, states = zip(*(nnx.split(self.blocks[way]) for way in ways), strict=True)
-        layer = _rematerialise(
+        layer = layers.rematerialise(
             self._layer(
                 split, dict(zip(ways, graphs, strict=True)), _score_bias(token_mask, blocked)
             ),
@@ -184,11 +184,3 @@ def _score_bias(token_mask: jax.Array | None, blocked: jax.Array | None) -> jax.
         extra = jnp.where(blocked != 0, BLOCKED, 0.0)[:, None]
         bias = extra if bias is None else bias + extra
     return bias
-
-
-def _rematerialise(layer: Callable[..., jax.Array], policy: str) -> Callable[..., jax.Array]:
-    """What the backward pass recomputes: nothing, all but matrix products, or all of a layer."""
-    if policy == "none":
-        return layer
-    policies = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
-    return jax.checkpoint(layer, policy=policies[policy])

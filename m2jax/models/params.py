@@ -13,8 +13,9 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from m2jax import config as config_lib
+from m2jax.config_dual import Architecture, Dual
 from m2jax.dist.sharding import AxisRules
+from m2jax.models.dual import DualEncoder
 from m2jax.models.m2 import M2Encoder
 
 Params = dict[str, Any]  # nested; leaves are arrays (or shapes of them)
@@ -37,9 +38,14 @@ class Row(NamedTuple):
     dtype: str
 
 
-def abstract(cfg: config_lib.Model) -> Abstract:
+def create(cfg: Architecture, rngs: nnx.Rngs) -> M2Encoder | DualEncoder:
+    """The module that ``cfg`` describes, with fresh parameters."""
+    return DualEncoder(cfg, rngs) if isinstance(cfg, Dual) else M2Encoder(cfg, rngs)
+
+
+def abstract(cfg: Architecture) -> Abstract:
     """Graph, parameter shapes and logical axes of the model ``cfg`` describes; takes no memory."""
-    graph, state = nnx.split(nnx.eval_shape(lambda: M2Encoder(cfg, nnx.Rngs(0))))
+    graph, state = nnx.split(nnx.eval_shape(lambda: create(cfg, nnx.Rngs(0))))
     axes = {
         ".".join(map(str, path)): variable.get_metadata("logical_axes")
         for path, variable in nnx.to_flat_state(state)
@@ -47,13 +53,13 @@ def abstract(cfg: config_lib.Model) -> Abstract:
     return Abstract(graph, nnx.to_pure_dict(state), axes)
 
 
-def initialise(cfg: config_lib.Model, rng: jax.Array) -> Params:
+def initialise(cfg: Architecture, rng: jax.Array) -> Params:
     """Fresh parameters. Jit it with ``out_shardings`` to make each shard where it belongs."""
-    return nnx.to_pure_dict(nnx.state(M2Encoder(cfg, nnx.Rngs(params=rng))))
+    return nnx.to_pure_dict(nnx.state(create(cfg, nnx.Rngs(params=rng))))
 
 
-def bind(graph: nnx.GraphDef, params: Params) -> M2Encoder:
-    """The callable model."""
+def bind(graph: nnx.GraphDef, params: Params) -> Any:
+    """The callable model: the ``M2Encoder`` or ``DualEncoder`` the graph is of."""
     return nnx.merge(graph, params)
 
 

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model folder holds a model whole, or is not there."""
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+import m2jax
+from m2jax import config
+from m2jax.checkpoint import folder
+from m2jax.config import UserError
+from m2jax.data.image import Preprocess
+from m2jax.data.text import SentencePieceTokenizer, train_tokenizer
+from m2jax.dist.mesh import make_mesh
+from m2jax.dist.sharding import AxisRules
+from m2jax.models import params as params_lib
+
+TINY = config.resolve(
+    config.Model(
+        width=16,
+        heads=2,
+        out_dim=8,
+        vocab_size=60,
+        text_positions=16,
+        image_size=16,
+        max_text_len=6,
+    )
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return SentencePieceTokenizer(train_tokenizer([f"word{i}" for i in range(40)], 60), 6)
+
+
+@pytest.fixture(scope="module")
+def sharded():
+    """Random parameters over eight devices."""
+    mesh = make_mesh(config.Mesh(data=1, fsdp=4, model=2))
+    places = params_lib.shardings(params_lib.abstract(TINY), mesh, AxisRules())
+    init = jax.jit(lambda: params_lib.initialise(TINY, jax.random.key(3)), out_shardings=places)
+    return init()
+
+
+def write(directory, params, tokenizer):
+    saved = tokenizer.to_dict() if tokenizer else None
+    folder.write(directory, TINY, params, tokenizer=saved, preprocess=Preprocess(16).to_dict())
+
+
+@pytest.mark.parametrize("spread", [False, True])
+def test_load_gives_back_what_was_written(tmp_path, sharded, tokenizer, spread, caplog):
+    write(tmp_path / "model", sharded, tokenizer)
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    assert not [r for r in caplog.records if r.levelname == "WARNING"]
+    mesh = make_mesh(config.Mesh(data=1, fsdp=8)) if spread else None
+    bundle = m2jax.load(tmp_path / "model", mesh=mesh)
+    assert bundle.config.width == 16
+    loaded = params_lib.flatten(bundle.params)
+    for name, array in params_lib.flatten(sharded).items():
+        np.testing.assert_array_equal(loaded[name], array)
+    kernel = bundle.params["backbone"]["blocks"]["A"]["q"]["kernel"]
+    assert kernel.addressable_shards[0].data.shape == ((2, 2, 16) if spread else (2, 16, 16))
+    ids, mask = bundle.tokenize(["word1", ""])
+    np.testing.assert_array_equal(ids, tokenizer(["word1", ""]).ids)
+    features = np.asarray(bundle.encode_text(ids, mask))
+    np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, atol=1e-6)
+
+
+def test_a_parameter_may_be_larger_than_what_is_written_at_a_time(tmp_path, sharded, monkeypatch):
+    """At 10B one stack of layers has 5.6 GB; Orbax refuses arrays over its limit."""
+    monkeypatch.setattr(folder, "CHUNK_BYTES", 1000)
+    write(tmp_path / "model", sharded, None)
+    loaded = m2jax.load(tmp_path / "model").params
+    np.testing.assert_array_equal(loaded["text_embed"], sharded["text_embed"])
+    assert loaded["text_embed"].nbytes > 100 * 1000
+    files = [p for p in (tmp_path / "model" / "state" / "params.text_embed").iterdir()]
+    assert len(files) > 100
+
+
+def test_without_a_tokenizer_only_tokenize_is_refused(tmp_path, sharded):
+    write(tmp_path / "model", sharded, None)
+    bundle = m2jax.load(tmp_path / "model")
+    assert bundle.encode_image(np.zeros((1, 16, 16, 3), np.float32)).shape == (1, 8)
+    with pytest.raises(UserError, match="no tokenizer"):
+        bundle.tokenize(["a"])
+
+
+def test_what_is_there_is_never_replaced(tmp_path, sharded, tokenizer):
+    (tmp_path / "model").mkdir()
+    with pytest.raises(UserError, match="exists already"):
+        write(tmp_path / "model", sharded, tokenizer)
+    with pytest.raises(UserError, match="make it first"):
+        write(tmp_path / "no" / "model", sharded, tokenizer)
+    assert [p.name for p in tmp_path.rglob("*")] == ["model"]
+
+
+def test_a_failed_write_leaves_nothing(tmp_path, sharded, tokenizer, monkeypatch):
+    def full(self, directory, *args, **options):
+        (directory / "half").write_text("x")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ocp.JsonCheckpointHandler, "save", full)
+    monkeypatch.setattr(ocp.CompositeCheckpointHandler, "save", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        write(tmp_path / "model", sharded, tokenizer)
+    assert list(tmp_path.iterdir()) == []

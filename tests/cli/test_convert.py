@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``m2jax convert``: what is printed, which exit code, and bad input in one line."""
+
+import jax
+import numpy as np
+import pytest
+
+from m2jax.checkpoint.convert.m2_names import Slot
+from m2jax.cli.main import main
+from tests.checkpoint.convert import m2_files, torch_files
+
+
+@pytest.fixture
+def release(tmp_path):
+    return m2_files.release(tmp_path / "release", m2_files.tensors())
+
+
+def words(release, dst, *more):
+    file, arch = release
+    return ["convert", "import", str(file), str(dst), "--arch", str(arch), *more]
+
+
+def test_import_and_export(tmp_path, release, capsys):
+    assert main(words(release, tmp_path / "model")) == 0
+    shown = capsys.readouterr().out
+    assert "layout bare, parameters float32, 145 tensors" in shown
+    assert "no tokenizer: texts must come as ids" in shown
+    assert shown.count(" ok\n") == 8
+    assert shown.endswith(f"{tmp_path / 'model'}\n")
+    out = tmp_path / "out"
+    assert (
+        main(["convert", "export", str(tmp_path / "model"), str(out), "--format", "m2-torch"]) == 0
+    )
+    assert sorted(p.name for p in out.iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+    ]
+    assert main(words(release, tmp_path / "fast", "--no-check", "--dtype", "bfloat16")) == 0
+    shown = capsys.readouterr().out
+    assert "parameters bfloat16" in shown
+    assert "not checked" in shown
+
+
+def test_a_failed_check_exits_with_4(tmp_path, release, monkeypatch, capsys):
+    monkeypatch.setattr(
+        Slot, "inward", lambda slot, tensor: tensor if slot.turn == "" else _mirrored(slot, tensor)
+    )
+    assert main(words(release, tmp_path / "model")) == 4
+    shown = capsys.readouterr()
+    assert "FAIL" in shown.out
+    assert shown.err.count("\n") == 1
+    assert "the check failed" in shown.err
+    assert not (tmp_path / "model").exists()
+
+
+def _mirrored(slot, tensor):
+    """Matrices upside down, all else as it should be."""
+    turned = {"T": tensor.T, "flat": tensor.reshape(-1)}
+    return turned[slot.turn][::-1] if slot.turn in turned else tensor.transpose(2, 3, 1, 0)
+
+
+def test_names_may_be_allowed_one_by_one(tmp_path, capsys):
+    tensors = m2_files.tensors() | {"extra.a": np.zeros(1, np.float32)}
+    del tensors["norm.bias"]
+    release = m2_files.release(tmp_path / "release", tensors)
+    assert main(words(release, tmp_path / "model", "--no-check")) == 2
+    error = capsys.readouterr().err
+    assert "1 missing (norm.bias) and 1 left over (extra.a)" in error
+    assert error.count("\n") == 1
+    allowed = ["--allow-missing", "norm.bias", "--allow-missing", "extra.*"]
+    assert main(words(release, tmp_path / "model", "--no-check", *allowed)) == 0
+    shown = capsys.readouterr().out
+    assert "left out 1: extra.a" in shown
+    assert "initial values for 1: norm.bias" in shown
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--arch", "m2-encoder-2b"], "no such architecture"),
+        (["--arch", "bert"], "no such architecture"),
+        (["--arch", "m2-encoder-0.4b"], "name the right --arch"),
+        (["--arch", "none.json"], "No such file"),
+        (["--tokenizer", "none"], "sp.model: No such file"),
+    ],
+)
+def test_bad_arguments(tmp_path, release, change, message, capsys):
+    assert main(words(release, tmp_path / "model", *change)) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_pickle_with_code_is_bad_input(tmp_path, release, capsys):
+    file = tmp_path / "m.ckpt"
+    torch_files.save(file, {"state_dict": {}, "fn": jax.tree.map})
+    assert main(words((file, release[1]), tmp_path / "model")) == 2
+    assert "which is no tensor" in capsys.readouterr().err
+
+
+def test_wrong_usage(capsys):
+    for line in (["convert"], ["convert", "import", "a"], ["convert", "export", "a", "b"]):
+        with pytest.raises(SystemExit) as end:
+            main(line)
+        assert end.value.code == 2
+    assert main(["convert", "export", "none", "out", "--format", "m2-torch"]) == 2
+    assert "no such directory" in capsys.readouterr().err

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``load``: every kind of folder, from here or from the Hub, and nothing that is none."""
+
+import sys
+import types
+
+import jax
+import numpy as np
+import pytest
+
+import m2jax
+from m2jax import config
+from m2jax.checkpoint import folder
+from m2jax.config import UserError
+from m2jax.data.image import Preprocess
+from m2jax.dist.mesh import make_mesh
+from m2jax.models import params as params_lib
+from tests.checkpoint.convert import m2_files
+
+IDS, MASK = np.array([[7, 3, 5, 1, 0, 0]]), np.array([[1, 1, 1, 1, 0, 0]])
+
+
+@pytest.fixture(scope="module")
+def params():
+    return jax.jit(lambda: params_lib.initialise(m2_files.MODEL, jax.random.key(1)))()
+
+
+@pytest.fixture
+def model(tmp_path, params):
+    """A model folder."""
+    directory = tmp_path / "model"
+    folder.write(
+        directory, m2_files.MODEL, params, tokenizer=None, preprocess=Preprocess(16).to_dict()
+    )
+    return directory
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A stand-in for huggingface_hub whose cache is made of links, as the real one's is."""
+    calls = []
+
+    def snapshot_download(repo_id, *, revision=None):
+        calls.append((repo_id, revision))
+        source = tmp_path / repo_id.split("/")[1]
+        if not source.is_dir():
+            raise ConnectionError("404 Client Error.\n\nRepository Not Found for url: ...")
+        cache = tmp_path / "cache" / str(len(calls))
+        for file in source.rglob("*"):
+            if file.is_file():
+                link = cache / file.relative_to(source)
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(file)
+        return str(cache)
+
+    module = types.ModuleType("huggingface_hub")
+    module.snapshot_download = snapshot_download  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "huggingface_hub", module)
+    return calls
+
+
+def text_features(bundle):
+    return np.asarray(bundle.encode_text(IDS, MASK))
+
+
+def test_the_hub_holds_model_folders_and_exports(model, hub, tmp_path):
+    here = m2jax.load(model)
+    m2jax.export(here, tmp_path / "exported")
+    for name in ("org/model", "org/exported@v1"):
+        there = m2jax.load(f"hf:{name}")
+        np.testing.assert_array_equal(text_features(there), text_features(here))
+    assert hub == [("org/model", None), ("org/exported", "v1")]
+
+
+def test_what_the_hub_cannot_give_is_one_line(hub):
+    with pytest.raises(
+        UserError, match=r"hf:org/none: .*ConnectionError: 404 Client Error\.\)"
+    ) as e:
+        m2jax.load("hf:org/none")
+    assert "\n" not in str(e.value)
+    for name in ("hf:none", "hf:a/b/c", "hf:/b", "hf:"):
+        with pytest.raises(UserError, match="write hf:OWNER/NAME"):
+            m2jax.load(name)
+    assert hub == [("org/none", None)]
+
+
+def test_without_the_hubs_library_it_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(UserError, match="pip install huggingface_hub"):
+        m2jax.load("hf:org/name")
+
+
+def test_a_mesh_spreads_the_parameters(model, tmp_path):
+    mesh = make_mesh(config.Mesh(data=1, fsdp=4, model=2))
+    single = m2jax.load(model)
+    m2jax.export(single, tmp_path / "exported")
+    for source in (model, tmp_path / "exported"):
+        spread = m2jax.load(source, mesh=mesh)
+        kernel = spread.params["backbone"]["blocks"]["A"]["fc1"]["kernel"]
+        assert kernel.addressable_shards[0].data.shape == (2, 4, 32)
+        np.testing.assert_allclose(text_features(spread), text_features(single), atol=1e-6)
+
+
+def test_precision_is_the_callers_choice(model):
+    half = m2jax.load(model, dtype="bfloat16")
+    assert half.config.dtype == "bfloat16"
+    assert half.params["logit_scale"].dtype == np.float32
+    close = np.abs(text_features(half) - text_features(m2jax.load(model))).max()
+    assert 1e-5 < close < 0.1
+
+
+def test_never_random_weights(tmp_path):
+    (tmp_path / "config.json").write_text('{"encoder_embed_dim": 16}')
+    for path, match in ((tmp_path / "no", "no such directory"), (tmp_path, "holds no weight file")):
+        with pytest.raises(UserError, match=match):
+            m2jax.load(path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        m2jax.load(tmp_path)
