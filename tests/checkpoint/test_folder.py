@@ -70,7 +70,7 @@ def test_load_gives_back_what_was_written(tmp_path, sharded, tokenizer, spread, 
 def test_a_parameter_may_be_larger_than_what_is_written_at_a_time(tmp_path, sharded, monkeypatch):
     """At 10B one stack of layers has 5.6 GB; Orbax refuses arrays over its limit."""
     monkeypatch.setattr(folder, "CHUNK_BYTES", 1000)
-    write(tmp_path / "model", sharded, None)
+    write(tmp_path / "model", jax.device_put(sharded, jax.devices()[0]), None)
     loaded = m2jax.load(tmp_path / "model").params
     np.testing.assert_array_equal(loaded["text_embed"], sharded["text_embed"])
     assert loaded["text_embed"].nbytes > 100 * 1000

@@ -7,7 +7,7 @@ import pytest
 
 import m2jax
 from m2jax import config
-from m2jax.checkpoint.convert import check, inward, m2_check, m2_inward, weights
+from m2jax.checkpoint.convert import check, inward, m2_check, m2_inward, place, weights
 from m2jax.checkpoint.convert.m2_names import Slot, slots
 from m2jax.config import UserError
 from m2jax.data.image import Preprocess
@@ -86,10 +86,18 @@ def test_torch_files(tmp_path, official, release, wrap):
         np.testing.assert_array_equal(a, b)
 
 
-def test_parameters_lie_where_the_mesh_says(release):
+def test_parameters_lie_where_the_mesh_says(release, monkeypatch):
     file, arch = release
     mesh = make_mesh(config.Mesh(data=2, fsdp=2, model=2))
+    read, real = [], place._block
+
+    def block(name, *args):
+        read.append((name, real(name, *args).shape))
+        return real(name, *args)
+
+    monkeypatch.setattr(place, "_block", block)
     spread = params_lib.flatten(imported(file, arch, mesh=mesh).params)
+    assert {shape for name, shape in read if name == m2_files.LAYER} == {(8, 32)}  # its own slice
     single = params_lib.flatten(
         imported(file, arch, mesh=make_mesh(config.Mesh(), jax.devices()[:1])).params
     )
@@ -115,7 +123,7 @@ def test_a_cast_rounds_and_says_what_it_costs(release):
 
 
 def test_a_file_of_several_types_keeps_the_widest(tmp_path, official):
-    mixed = {n: t.astype(np.float16) if "fc1" in n else t for n, t in official.items()}
+    mixed = {n: t if "fc1" in n else t.astype(np.float16) for n, t in official.items()}
     file, arch = m2_files.release(tmp_path, mixed)
     assert imported(file, arch).config.param_dtype == "float32"
     wide = official | {"logit_scale": np.array(2.5)}
