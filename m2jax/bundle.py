@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 from PIL import Image
 
+from m2jax import architectures
 from m2jax import config as config_lib
 from m2jax.checkpoint import hub, manager
 from m2jax.checkpoint.convert import inward
@@ -158,7 +159,7 @@ def _load_exported(directory: Path, arch: str, dtype: str, mesh: Mesh) -> Bundle
 
 def list_models() -> list[str]:
     """Names of the architectures ``create_model`` knows."""
-    return list(config_lib.ARCHITECTURES)
+    return list(architectures.ARCHITECTURES)
 
 
 def create_model(name: str, *, seed: int = 0, **overrides: object) -> M2Encoder:

@@ -21,6 +21,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from m2jax.architectures import ARCHITECTURES
+
 
 class UserError(Exception):
     """Bad input. The message is one line: what is wrong, where, how to mend it (exit code 2)."""
@@ -185,43 +187,6 @@ class Experiment:
     train: Train = field(default_factory=Train)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     eval: Eval = field(default_factory=Eval)
-
-
-def _m2(width: int, heads: int, layers: int, out: int) -> dict[str, int]:
-    """Sizes of one published M2-Encoder (spec section 1)."""
-    return {
-        "width": width,
-        "heads": heads,
-        "backbone_layers": layers,
-        "vl_layers": 3,
-        "out_dim": out,
-        "image_size": 224,
-        "patch_size": 16,
-        "vocab_size": 115_244,
-        "max_text_len": 52,
-    }
-
-
-ARCHITECTURES: Mapping[str, Mapping[str, int]] = types.MappingProxyType(
-    {
-        "m2-encoder-0.4b": _m2(768, 12, 9, 768),
-        "m2-encoder-1b": _m2(1024, 16, 21, 1024),
-        "m2-encoder-10b": _m2(4096, 32, 21, 1024),
-        "m2-encoder-demo": {
-            "width": 192,
-            "heads": 3,
-            "backbone_layers": 2,
-            "vl_layers": 1,
-            "out_dim": 128,
-            "image_size": 32,
-            "patch_size": 8,
-            "vocab_size": 4000,
-            "max_text_len": 12,
-        },
-    }
-)
-
-SIZES = tuple(ARCHITECTURES["m2-encoder-demo"])  # what must agree for parameters to fit
 
 
 def resolve(model: Model) -> Model:

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import orbax.checkpoint as ocp
 from etils import epath
 
+from m2jax import architectures, config_dual
 from m2jax import config as config_lib
-from m2jax import config_dual
 from m2jax.config import UserError
 from m2jax.config_dual import Architecture, Dual
 
@@ -185,7 +185,7 @@ def read_params(checkpoint: Path, abstract_params: Any) -> Any:
 
 def _same_architecture(saved: Architecture, wanted: config_lib.Model, where: str) -> None:
     """Refuses parameters of other shapes, naming the first size that differs."""
-    for key in config_lib.SIZES:
+    for key in architectures.SIZES:
         had, want = getattr(saved, key, "absent"), getattr(wanted, key)
         if had != want:
             raise UserError(

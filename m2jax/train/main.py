@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 
+from m2jax import architectures
 from m2jax import config as config_lib
 from m2jax.bundle import load
 from m2jax.checkpoint.manager import Checkpoints
@@ -98,7 +99,7 @@ def prepare(workdir: Path, experiment: Experiment) -> Path:
         workdir.mkdir(parents=True, exist_ok=True)
         if file.exists():
             saved = config_lib.from_json(file.read_text(encoding="utf-8"), str(file))
-            for key in config_lib.SIZES:
+            for key in architectures.SIZES:
                 had, want = getattr(saved.model, key), getattr(experiment.model, key)
                 if had != want:
                     raise UserError(

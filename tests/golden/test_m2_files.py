@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 import m2jax
+from m2jax.architectures import ARCHITECTURES
 from m2jax.checkpoint.convert import m2_arch, m2_layout
 from m2jax.checkpoint.convert.m2_layout import POSITIONS
-from m2jax.config import ARCHITECTURES
 from m2jax.data import glm
 from m2jax.data.image import Preprocess, open_image
 from tests.golden import fixtures

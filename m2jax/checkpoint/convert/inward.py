@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
+from m2jax import architectures, config_dual
 from m2jax import config as config_lib
-from m2jax import config_dual
 from m2jax.checkpoint import folder
 from m2jax.checkpoint.convert import check as check_lib
 from m2jax.checkpoint.convert import hf_config, open_clip_config, weights
@@ -228,5 +228,5 @@ def _family(arch: str) -> str:
             return module
     raise UserError(
         f"--arch {arch}: no such architecture: use a .json file of the release, one of "
-        f"{', '.join(config_lib.ARCHITECTURES)}, {', '.join(config_dual.FAMILIES)}"
+        f"{', '.join(architectures.ARCHITECTURES)}, {', '.join(config_dual.FAMILIES)}"
     )

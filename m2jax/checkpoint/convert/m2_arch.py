@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from m2jax import architectures
 from m2jax import config as config_lib
 from m2jax.config import UserError
 
@@ -79,15 +80,15 @@ def read(arch: str) -> Architecture:
     """The architecture that ``--arch`` names.
 
     Args:
-        arch: one of ``config.ARCHITECTURES``, or a JSON file with the release's own keys.
+        arch: one of ``architectures.ARCHITECTURES``, or a JSON file with the release's own keys.
 
     Raises:
         UserError: no such name or file, an unknown key, or a value that this model cannot have.
     """
-    if arch in config_lib.ARCHITECTURES:
+    if arch in architectures.ARCHITECTURES:
         return Architecture(config_lib.resolve(config_lib.Model(name=arch)), ())
     if not arch.endswith(".json"):
-        names = ", ".join(config_lib.ARCHITECTURES)
+        names = ", ".join(architectures.ARCHITECTURES)
         raise UserError(f"--arch {arch}: no such architecture: use one of {names} or a .json file")
     try:
         values = json.loads(Path(arch).read_text(encoding="utf-8"))
@@ -141,7 +142,7 @@ def to_official(model: config_lib.Model) -> dict[str, Any]:
 
 def _name(model: config_lib.Model) -> str:
     """The published model that has these sizes; 0.4B's, whose defaults they began as, if none."""
-    for name, sizes in config_lib.ARCHITECTURES.items():
+    for name, sizes in architectures.ARCHITECTURES.items():
         if all(getattr(model, key) == value for key, value in sizes.items()):
             return name
     return model.name

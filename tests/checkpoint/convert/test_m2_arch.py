@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from m2jax import config
+from m2jax import architectures
 from m2jax.checkpoint.convert import m2_arch
 from m2jax.config import UserError
 from tests.checkpoint.convert import m2_files
@@ -36,7 +36,7 @@ def test_the_released_files_mean_the_named_sizes(name, tmp_path):
     assert {"flash_attn", "precision"} <= set(read.without_effect)
 
 
-@pytest.mark.parametrize("name", config.ARCHITECTURES)
+@pytest.mark.parametrize("name", architectures.ARCHITECTURES)
 def test_official_keys_round_trip(name):
     model = m2_arch.read(name).model
     assert m2_arch.from_official(m2_arch.to_official(model), "x").model == model
