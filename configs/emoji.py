@@ -16,15 +16,19 @@ def get_config() -> ConfigDict:
     config.model.dtype = "float32"  # faster than bfloat16 on CPUs without matrix units
     config.model.unroll = 3
     config.mesh.cpu_devices = 2
+    config.data.batch_size = 128
+    config.data.views = 4  # one text pass serves four drawings, and vendors can be blended
     config.data.augment.update(
         scale=0.1,
         stretch=0.1,
         shift=0.05,
         flip=0.3,
-        brightness=0.1,
-        contrast=0.2,
+        brightness=0.15,
+        contrast=0.3,
         saturation=0.3,
         hue=15.0,
+        tint=0.05,
+        mix=0.6,
     )
     config.optim.name = "muon"
     config.optim.learning_rate = 2e-3

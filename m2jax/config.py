@@ -62,11 +62,13 @@ class Augment:
     rotate: float = 0.0  # degrees, each way
     flip: float = 0.0  # probability of a mirror image
     background: float = 0.0  # probability of a random colour behind a transparent drawing
-    brightness: float = 0.0  # added, share of the range
+    brightness: float = 0.0  # added to each channel, share of the range, each way
     contrast: float = 0.0  # factor from [1 - contrast, 1 + contrast]
     saturation: float = 0.0  # factor from [1 - saturation, 1 + saturation]
     hue: float = 0.0  # degrees, each way, about the grey axis
     grey: float = 0.0  # probability of a grey image
+    tint: float = 0.0  # deviation of a random linear map of the colours from the identity
+    mix: float = 0.0  # probability of a blend with another view of the same thing (views >= 2)
     erase: float = 0.0  # probability that one rectangle is painted over
 
 

@@ -24,12 +24,15 @@ def on_white(rgba: UInt8[Array, "*b h w 4"], dtype: jnp.dtype) -> Float[Array, "
 
 
 def augment(
-    rgba: UInt8[Array, "b h w 4"], cfg: config_lib.Augment, rng: jax.Array, dtype: jnp.dtype
-) -> Float[Array, "b h w 3"]:
-    """Random geometry on premultiplied RGBA, a background behind it, then random colours.
+    rgba: UInt8[Array, "rows views h w 4"],
+    cfg: config_lib.Augment,
+    rng: jax.Array,
+    dtype: jnp.dtype,
+) -> Float[Array, "rows views h w 3"]:
+    """Blends views, moves premultiplied RGBA, puts a background behind it, changes colours.
 
     Args:
-        rgba: straight-alpha drawings.
+        rgba: straight-alpha drawings; those of one row show the same thing.
         cfg: strengths; a change of strength 0 is not even traced.
         rng: the key of this batch.
         dtype: precision of the result.
@@ -37,16 +40,32 @@ def augment(
     Returns:
         RGB in [0, 1].
     """
-    keys = jax.random.split(rng, 4)
+    keys = jax.random.split(rng, 5)
     x = rgba.astype(jnp.float32) / 255
     x = jnp.concatenate([x[..., :3] * x[..., 3:], x[..., 3:]], axis=-1)
-    x = _geometry(x, cfg, keys[0])
-    background = _background(x.shape[0], cfg, keys[1])
+    if cfg.mix > 0:
+        x = _mix(x, cfg.mix, keys[0])
+    x = _geometry(x.reshape(-1, *x.shape[2:]), cfg, keys[1])
+    background = _background(x.shape[0], cfg, keys[2])
     rgb = x[..., :3] + (1 - x[..., 3:]) * background
-    rgb = _colour(rgb, cfg, keys[2])
+    rgb = _colour(rgb, cfg, keys[3])
     if cfg.erase > 0:
-        rgb = _erase(rgb, cfg.erase, keys[3])
-    return jnp.clip(rgb, 0.0, 1.0).astype(dtype)
+        rgb = _erase(rgb, cfg.erase, keys[4])
+    return jnp.clip(rgb, 0.0, 1.0).astype(dtype).reshape(*rgba.shape[:-1], 3)
+
+
+def _mix(
+    x: Float[Array, "rows views h w 4"], probability: float, rng: jax.Array
+) -> Float[Array, "rows views h w 4"]:
+    """Blends a drawing with the next one of its row, at most half and half.
+
+    The blend of two vendors' drawings is a drawing by a vendor in between (mixup, Zhang et al.
+    2018, inside a class): what a model for unseen vendors should take in its stride.
+    """
+    use, share = jax.random.split(rng)
+    shape = (*x.shape[:2], 1, 1, 1)
+    weight = jax.random.bernoulli(use, probability, shape) * jax.random.uniform(share, shape)
+    return x + 0.5 * weight * (jnp.roll(x, 1, axis=1) - x)
 
 
 def _geometry(x: Float[Array, "b h w 4"], cfg: config_lib.Augment, rng: jax.Array) -> jax.Array:
@@ -96,9 +115,9 @@ def _background(n: int, cfg: config_lib.Augment, rng: jax.Array) -> jax.Array:
 
 
 def _colour(x: Float[Array, "b h w 3"], cfg: config_lib.Augment, rng: jax.Array) -> jax.Array:
-    """Hue, saturation, grey and contrast as one 3 x 3 matrix about mid-grey, then brightness."""
+    """Hue, saturation, grey, contrast and tint as one 3 x 3 matrix about mid-grey; brightness."""
     n = x.shape[0]
-    keys = jax.random.split(rng, 5)
+    keys = jax.random.split(rng, 6)
 
     def factor(key, strength):
         return jax.random.uniform(key, (n, 1, 1), minval=1 - strength, maxval=1 + strength)
@@ -109,7 +128,8 @@ def _colour(x: Float[Array, "b h w 3"], cfg: config_lib.Augment, rng: jax.Array)
     matrix = luma + saturation * (jnp.eye(3) - luma)
     angle = jnp.deg2rad(cfg.hue) * jax.random.uniform(keys[2], (n, 1, 1), minval=-1.0)
     matrix = matrix @ _hue_rotation(angle) * factor(keys[3], cfg.contrast)
-    offset = cfg.brightness * jax.random.uniform(keys[4], (n, 1, 1, 1), minval=-1.0)
+    matrix = matrix @ (jnp.eye(3) + cfg.tint * jax.random.normal(keys[5], (n, 3, 3)))
+    offset = cfg.brightness * jax.random.uniform(keys[4], (n, 1, 1, 3), minval=-1.0)
     return jnp.einsum("bhwc,bcd->bhwd", x - 0.5, matrix) + 0.5 + offset
 
 

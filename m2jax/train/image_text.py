@@ -65,13 +65,10 @@ class ImageTextTask:
         languages = texts.shape[1]
         # Views and languages are folded into the rows view by view, language by language, so that
         # each contrast below is over one contiguous block of as many rows as the batch has.
-        pixels = augment(
-            images.swapaxes(0, 1).reshape(-1, *images.shape[2:]),
-            self.experiment.data.augment,
-            keys[0],
-            model.dtype,
+        pixels = augment(images, self.experiment.data.augment, keys[0], model.dtype)
+        image = model.encode_image(
+            pixels.swapaxes(0, 1).reshape(-1, *pixels.shape[2:]), rng=keys[1]
         )
-        image = model.encode_image(pixels, rng=keys[1])
         text = model.encode_text(
             texts.swapaxes(0, 1).reshape(-1, texts.shape[2]),
             batch["text_mask"].swapaxes(0, 1).reshape(-1, texts.shape[2]),

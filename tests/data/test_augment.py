@@ -10,10 +10,13 @@ from m2jax.config import Augment
 from m2jax.data.augment import augment, on_white
 
 RGBA = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 4), np.uint8)
+VIEWS = 2
 
 
-def run(cfg, rng=0, rgba=RGBA):
-    return np.asarray(augment(jnp.asarray(rgba), cfg, jax.random.key(rng), jnp.float32))
+def run(cfg, rng=0, rgba=RGBA, views=1):
+    rows = jnp.asarray(rgba).reshape(-1, views, *rgba.shape[1:])
+    out = augment(rows, cfg, jax.random.key(rng), jnp.float32)
+    return np.asarray(out).reshape(*rgba.shape[:-1], 3)
 
 
 def test_without_strengths_it_is_the_drawing_on_white():
@@ -28,12 +31,29 @@ def test_a_sure_flip_mirrors():
 def test_each_change_changes_something_and_stays_in_range(field):
     strength = {"rotate": 20.0, "hue": 40.0}.get(field, 0.5 if field != "flip" else 1.0)
     cfg = Augment(**{field: strength})
-    out = run(cfg)
+    out = run(cfg, views=VIEWS)
     assert np.abs(out - run(Augment())).max() > 0.01
     assert out.min() >= 0
     assert out.max() <= 1
-    np.testing.assert_array_equal(out, run(cfg))
-    assert (out != run(cfg, rng=1)).any() or field == "flip"
+    np.testing.assert_array_equal(out, run(cfg, views=VIEWS))
+    assert (out != run(cfg, rng=1, views=VIEWS)).any() or field == "flip"
+
+
+def test_a_blend_lies_between_a_drawing_and_another_of_its_own_row():
+    rgba = RGBA.copy()
+    rgba[..., 3] = 255
+    plain = run(Augment(), rgba=rgba)
+    out = run(Augment(mix=1.0), rgba=rgba, views=VIEWS)
+    partner = plain.reshape(-1, VIEWS, *plain.shape[1:])[:, ::-1].reshape(plain.shape)
+    share = ((out - plain) * (partner - plain)).sum((1, 2, 3)) / ((partner - plain) ** 2).sum(
+        (1, 2, 3)
+    )
+    weights = share[:, None, None, None]
+    np.testing.assert_allclose(out, plain + weights * (partner - plain), atol=2e-6)
+    assert share.min() > 0
+    assert share.max() <= 0.5
+    assert len(np.unique(share)) == len(share)
+    np.testing.assert_allclose(run(Augment(mix=1.0), rgba=rgba), plain, atol=2e-6)  # one view
 
 
 def test_grey_is_grey_and_hue_keeps_grey():
