@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a pickle would do, found out before it runs: its opcodes alone are followed, nothing is made.
+"""What a pickle would do, found out before it runs: its opcodes are followed, nothing is made.
 
 Three things that no unpickler can be asked to refuse would take the process down: a memo index of
 billions, a tuple so deep or so often repeated that hashing it as a key overflows the stack or never

@@ -371,3 +371,16 @@ def test_an_index_names_only_files_beside_it(tmp_path, name):
 def test_a_damaged_index_is_refused(tmp_path, text):
     (tmp_path / weights.INDEX).write_text(text)
     refused(tmp_path, "no index of weight files")
+
+
+def test_a_tensor_in_two_files_is_refused(tmp_path):
+    save_file({"w": BASE, "a": BASE}, tmp_path / "1.safetensors")
+    save_file({"w": BASE + 1}, tmp_path / "2.safetensors")
+    index = {"weight_map": {"a": "1.safetensors", "w": "2.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(tmp_path, "w is in another file too")
+
+
+def test_a_deep_index_is_refused(tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text("[" * 200_000)
+    refused(tmp_path, "no index")
