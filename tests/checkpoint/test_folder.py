@@ -109,12 +109,15 @@ def test_a_failed_write_leaves_nothing(tmp_path, sharded, tokenizer, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_missing_part_of_a_parameter_is_told(tmp_path, sharded):
+def test_a_missing_part_of_a_parameter_is_told(tmp_path, sharded, monkeypatch):
+    """Orbax raises a bare error then; by hand, as it also leaves its event loops open."""
+
+    def missing(*args, **options):
+        raise Exception("Encountered error while reading array index\nmore")
+
     write(tmp_path / "model", sharded, None)
-    for part in (tmp_path / "model" / "state" / "params.text_embed").iterdir():
-        if part.name != ".zarray":
-            part.unlink()
-    with pytest.raises(UserError, match="parameters cannot be read"):
+    monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "restore", missing)
+    with pytest.raises(UserError, match=r"parameters cannot be read \(Encountered .* index\)"):
         m2jax.load(tmp_path / "model")
 
 
