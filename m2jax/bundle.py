@@ -26,7 +26,7 @@ from m2jax import config as config_lib
 from m2jax.checkpoint import hub, manager
 from m2jax.checkpoint.convert import inward
 from m2jax.config import UserError
-from m2jax.config_dual import Architecture
+from m2jax.config_dual import Architecture, Dual
 from m2jax.data.image import Preprocess
 from m2jax.data.text import Tokenizer, Tokens, tokenizer_from_dict
 from m2jax.dist.mesh import make_mesh
@@ -145,8 +145,13 @@ def load(
         abstract.graph,
         manager.read_params(checkpoint.absolute(), shapes),
         None if tokenizer is None else tokenizer_from_dict(tokenizer),
-        Preprocess(**saved.assets["preprocess"]),
+        Preprocess.from_dict(saved.assets["preprocess"], _side(model)),
     )
+
+
+def _side(model: Architecture) -> int:
+    """Pixels of a side of the images a model takes."""
+    return model.vision.image_size if isinstance(model, Dual) else model.image_size
 
 
 def _load_exported(directory: Path, arch: str, dtype: str, mesh: Mesh) -> Bundle:

@@ -273,7 +273,7 @@ def from_json(text: str, where: str = "config.json") -> Experiment:
     """Inverse of ``to_json``; ``where`` names the source in errors."""
     try:
         values = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not a JSON file ({error}): restore it from a backup") from None
     if not isinstance(values, dict):
         raise UserError(f"{where}: holds no JSON object: restore it from a backup")

@@ -15,7 +15,11 @@ from m2jax.config import Model, UserError, from_mapping
 
 FAMILIES = ("clip", "siglip", "chinese-clip")
 
-MOST_LAYERS, MOST = 512, 2**24  # a config from outside must not ask for endless work
+MOST_LAYERS, MOST_PIXELS, MOST = (
+    512,
+    2**13,
+    2**24,
+)  # a config from outside must not ask for endless work
 
 _CHOICES = {
     "activation": ("quick_gelu", "gelu", "gelu_tanh"),
@@ -118,7 +122,7 @@ def check(cfg: Dual, where: str = "config") -> Dual:
     for name, tower in (("vision", cfg.vision), ("text", cfg.text)):
         for key, size in dataclasses.asdict(tower).items():
             least = 0 if key in ("token_types", "eos_id") else 1
-            most = MOST_LAYERS if key == "layers" else MOST
+            most = {"layers": MOST_LAYERS, "image_size": MOST_PIXELS}.get(key, MOST)
             if type(size) is int and not least <= size <= most:
                 raise UserError(
                     f"{where}: {name}.{key}={size}: must lie between {least} and {most}: mend the "
@@ -160,6 +164,6 @@ def from_json(text: str, where: str = "config.json") -> Dual:
     """
     try:
         values = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not JSON ({error}): restore it from a backup") from None
     return check(from_mapping(Dual, values, where), where)

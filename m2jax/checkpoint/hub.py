@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from m2jax.config import UserError
 
 PREFIX = "hf:"
+_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # no .. and nothing that begins with it
+_REVISION = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")
 
 
 def is_hub(path: str | os.PathLike[str]) -> bool:
@@ -23,7 +26,7 @@ def download(path: str | os.PathLike[str]) -> Path:
         UserError: ``huggingface_hub`` is not installed, or the repository cannot be had.
     """
     name, _, revision = str(path).removeprefix(PREFIX).partition("@")
-    if name.count("/") != 1 or not all(name.split("/")):
+    if not _NAME.fullmatch(name) or not _REVISION.fullmatch(revision or "main"):
         raise UserError(f"{path}: not the name of a repository: write hf:OWNER/NAME")
     try:
         import huggingface_hub  # pyright: ignore[reportMissingImports]

@@ -143,19 +143,26 @@ def read_bundle(checkpoint: Path) -> Saved:
     handler = ocp.JsonCheckpointHandler()
     try:
         saved = handler.restore(epath.Path(checkpoint) / "bundle")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"{checkpoint}: no readable checkpoint ({type(error).__name__}): "
             "remove the folder to use the one before it"
         ) from error
+    where = f"{checkpoint}/bundle"
+    if not isinstance(saved, dict):
+        raise UserError(f"{where}: holds no JSON object: use another checkpoint")
     if saved.get("format") != FORMAT:
         raise UserError(
             f"{checkpoint}: format {saved.get('format')} but this m2jax reads {FORMAT}: update it"
         )
-    where = f"{checkpoint}/bundle"
+    assets, text = saved.get("assets"), saved.get("dual", saved.get("config"))
+    if not isinstance(text, str) or not isinstance(assets, dict):
+        raise UserError(f"{where}: lacks its config or its assets: use another checkpoint")
+    if not {"tokenizer", "preprocess"} <= set(assets):
+        raise UserError(f"{where}: lacks tokenizer or preprocess: use another checkpoint")
     if "dual" in saved:
-        return Saved(config_dual.from_json(saved["dual"], where), saved["assets"])
-    return Saved(config_lib.from_json(saved["config"], where).model, saved["assets"])
+        return Saved(config_dual.from_json(text, where), assets)
+    return Saved(config_lib.from_json(text, where).model, assets)
 
 
 def read_params(checkpoint: Path, abstract_params: Any) -> Any:
@@ -176,7 +183,7 @@ def read_params(checkpoint: Path, abstract_params: Any) -> Any:
             partial_restore=True,
         )
         return handler.restore(where, args=args)[key]
-    except (ValueError, KeyError, OSError) as error:
+    except Exception as error:  # Orbax raises a bare one where a file of an array is missing
         reason = str(error).split("\n")[0][:200]
         raise UserError(
             f"{where}: parameters cannot be read ({reason}): use another checkpoint"

@@ -112,6 +112,7 @@ def run_export(args: argparse.Namespace) -> int:
     from m2jax import bundle
     from m2jax.checkpoint.convert import outward
 
+    outward.check(args.dst, format=args.format)  # before a model is loaded in vain
     outward.export(bundle.load(args.src), args.dst, format=args.format)
     print(args.dst)
     return 0

@@ -103,5 +103,7 @@ def _report(error: Exception, *, debug: bool) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"m2jax: error: {message}", file=sys.stderr)
+    # Names out of a hostile file may hold line ends, and codes that a terminal obeys.
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+    print(f"m2jax: error: {line}", file=sys.stderr)
     return code

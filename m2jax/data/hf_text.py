@@ -208,7 +208,7 @@ def _open(rules: str) -> Any:
 def _vocabulary(path: Path) -> dict[str, int]:
     try:
         ids = json.loads(read_text(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error}): take an undamaged copy") from None
     if not isinstance(ids, dict) or not all(type(value) is int for value in ids.values()):
         raise UserError(f"{path}: no vocabulary: take the vocab.json of the release")

@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 import numpy as np
 from jaxtyping import Float32
@@ -82,8 +82,32 @@ class Preprocess:
         return Image.alpha_composite(white, rgba).convert("RGB")
 
     def to_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps; ``Preprocess(**saved)`` is the inverse."""
+        """What a checkpoint keeps."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, saved: Any, size: int) -> Preprocess:
+        """Inverse of ``to_dict``, for a model that takes ``size`` pixels.
+
+        Raises:
+            UserError: another size, an unknown key, or a value out of its choices.
+        """
+        wrong = UserError(
+            f"preprocessing: {saved!r:.200} is none of a model of {size} pixels: "
+            "use the files of one model"
+        )
+        if not isinstance(saved, dict) or saved.get("size") != size:
+            raise wrong
+        choices = {k: get_args(v) for k, v in get_type_hints(cls).items() if get_args(v)}
+        for key, value in saved.items():
+            if key in choices:
+                fits = value in choices[key]
+            else:
+                fits = key in ("size", "shortest") and type(value) is int
+                fits = fits and 0 <= value <= 16 * size
+            if not fits:
+                raise wrong
+        return cls(**saved)
 
 
 def open_image(path: str | os.PathLike[str]) -> Image.Image:

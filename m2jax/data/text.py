@@ -16,6 +16,7 @@ from jaxtyping import Bool, Int32
 from m2jax.config import UserError
 
 PAD, UNK, CLS, END = 0, 1, 2, 3
+MOST_TOKENS = 2**16  # of one text; a damaged file must not ask for endless memory
 
 
 class Tokens(NamedTuple):
@@ -30,6 +31,11 @@ class Tokenizer(Protocol):
 
     def __call__(self, texts: Sequence[str]) -> Tokens:
         """Tokenises texts; any string will do, the empty one included."""
+        ...
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens."""
         ...
 
     def to_dict(self) -> dict[str, Any]:
@@ -93,9 +99,10 @@ def tokenizer_from_dict(saved: dict[str, Any]) -> Tokenizer:
     Raises:
         UserError: an unknown kind or damaged bytes.
     """
-    if saved.get("kind") not in _KINDS:
-        raise UserError(f"tokenizer: kind {saved.get('kind')!r} is unknown: update m2jax")
-    module, name = _KINDS[saved["kind"]]
+    kind = saved.get("kind") if isinstance(saved, dict) else None
+    if not isinstance(kind, str) or kind not in _KINDS:
+        raise UserError(f"tokenizer: kind {kind!r} is unknown: update m2jax")
+    module, name = _KINDS[kind]
     return getattr(importlib.import_module(module), name).from_dict(saved)
 
 
@@ -106,6 +113,8 @@ def open_model(model: bytes) -> spm.SentencePieceProcessor:
         UserError: the bytes are no such model.
     """
     try:
+        if not model:
+            raise ValueError("it is empty")  # the runtime would take it for no model given
         return spm.SentencePieceProcessor(model_proto=model)
     except (RuntimeError, ValueError, TypeError) as error:
         raise UserError(
@@ -125,7 +134,10 @@ def sentencepiece_fields(saved: dict[str, Any]) -> tuple[bytes, int]:
         UserError: they are missing or damaged.
     """
     try:
-        return base64.b64decode(saved["model"], validate=True), int(saved["max_len"])
+        model, max_len = base64.b64decode(saved["model"], validate=True), int(saved["max_len"])
+        if not 2 <= max_len <= MOST_TOKENS:
+            raise ValueError(f"max_len {max_len}")
+        return model, max_len
     except (KeyError, ValueError, TypeError) as error:
         raise UserError("tokenizer: damaged: use another checkpoint") from error
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model folder holds a model whole, or is not there."""
 
+import json
+
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -105,3 +107,37 @@ def test_a_failed_write_leaves_nothing(tmp_path, sharded, tokenizer, monkeypatch
     with pytest.raises(UserError, match="No space left on device"):
         write(tmp_path / "model", sharded, tokenizer)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_part_of_a_parameter_is_told(tmp_path, sharded, monkeypatch):
+    """Orbax raises a bare error then; by hand, as it also leaves its event loops open."""
+
+    def missing(*args, **options):
+        raise Exception("Encountered error while reading array index\nmore")
+
+    write(tmp_path / "model", sharded, None)
+    monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "restore", missing)
+    with pytest.raises(UserError, match=r"parameters cannot be read \(Encountered .* index\)"):
+        m2jax.load(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (None, "no JSON object"),
+        ({"assets": None}, "lacks its config or its assets"),
+        ({"config": 5}, "lacks its config or its assets"),
+        ({"assets": {"tokenizer": None}}, "lacks tokenizer or preprocess"),
+        ({"config": "[" * 200_000}, "not a JSON file"),
+        ({"assets": {"tokenizer": {"kind": ["glm"]}, "preprocess": {"size": 16}}}, "unknown"),
+        ({"assets": {"tokenizer": 5, "preprocess": {"size": 16}}}, "unknown"),
+        ({"assets": {"tokenizer": None, "preprocess": {"size": 10**9}}}, "none of a model of 16"),
+    ],
+)
+def test_a_hostile_folder_is_one_error(tmp_path, sharded, change, match):
+    write(tmp_path / "model", sharded, None)
+    file = tmp_path / "model" / "bundle" / "metadata"
+    values = json.loads(file.read_text())
+    file.write_text(json.dumps([] if change is None else values | change))
+    with pytest.raises(UserError, match=match):
+        m2jax.load(tmp_path / "model")

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """``m2jax convert``: what is printed, which exit code, and bad input in one line."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
 
 from m2jax.checkpoint.convert.m2_names import Slot
 from m2jax.cli.main import main
+from m2jax.data.text import SentencePieceTokenizer, train_tokenizer
 from tests.checkpoint.convert import m2_files, torch_files
 
 
@@ -108,3 +111,51 @@ def test_wrong_usage(capsys):
         assert end.value.code == 2
     assert main(["convert", "export", "none", "out", "--format", "m2-torch"]) == 2
     assert "no such directory" in capsys.readouterr().err
+
+
+def test_names_of_a_hostile_file_are_shown_as_text(tmp_path, capsys):
+    tensors = m2_files.tensors() | {"a\x1b[31m\nb": np.zeros(1, np.float32)}
+    release = m2_files.release(tmp_path / "release", tensors)
+    assert main(words(release, tmp_path / "model")) == 2
+    error = capsys.readouterr().err
+    assert "left over (a\\x1b[31m\\nb)" in error
+    assert error.count("\n") == 1
+
+
+def test_export_asks_before_it_loads(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("m2jax.bundle.load", lambda path: pytest.fail("loaded in vain"))
+    assert main(["convert", "export", "model", str(tmp_path / "out"), "--format", "onnx"]) == 2
+    assert "no such format" in capsys.readouterr().err
+    assert main(["convert", "export", "model", str(tmp_path), "--format", "hf"]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "match"),
+    [
+        ("preprocessor_config.json", '{"m2jax": {"size": 1000000000}}', "none of a model of"),
+        ("preprocessor_config.json", '{"m2jax": {"size": %d, "cut": "x"}}', "none of a model of"),
+        ("preprocessor_config.json", '{"m2jax": {"size": %d, "surprise": 1}}', "none of a model"),
+        ("m2jax_tokenizer.json", '{"kind": ["glm"]}', "is unknown"),
+        ("m2jax_tokenizer.json", "[" * 200_000, "damaged"),
+        ("m2jax_tokenizer.json", '{"kind": "glm", "model": "", "max_len": 9}', "it is empty"),
+        ("m2jax_tokenizer.json", '{"kind": "glm", "model": "", "max_len": 1e12}', "damaged"),
+    ],
+)
+def test_hostile_files_beside_the_weights(tmp_path, release, name, text, match, capsys):
+    text = text.replace("%d", str(m2_files.MODEL.image_size))
+    (release[0].parent / name).write_text(text)
+    assert main(words(release, tmp_path / "model")) == 2
+    error = capsys.readouterr().err
+    assert match in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_tokenizer_of_our_export_must_fit(tmp_path, release, capsys):
+    made = SentencePieceTokenizer(train_tokenizer([chr(0x4E00 + i) for i in range(300)], 310), 6)
+    assert made.vocab_size > m2_files.MODEL.vocab_size
+    file = release[0].parent / "m2jax_tokenizer.json"
+    file.write_text(json.dumps(made.to_dict()))
+    assert main(words(release, tmp_path / "model")) == 2
+    assert "pieces but" in capsys.readouterr().err

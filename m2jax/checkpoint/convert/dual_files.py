@@ -34,7 +34,7 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(hf_text.read_text(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error}): take an undamaged copy") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: holds no JSON object: take an undamaged copy")

@@ -163,7 +163,7 @@ def _json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty where there is none."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}
 

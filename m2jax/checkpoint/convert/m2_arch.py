@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from m2jax import architectures
 from m2jax import config as config_lib
 from m2jax.config import UserError
+from m2jax.config_dual import MOST, MOST_LAYERS, MOST_PIXELS
 
 _SIZES: Mapping[str, str] = types.MappingProxyType(  # official key -> field of config.Model
     {
@@ -29,6 +30,14 @@ _SIZES: Mapping[str, str] = types.MappingProxyType(  # official key -> field of 
         "patch_size": "patch_size",
         "vocab_size": "vocab_size",
         "max_text_len": "max_text_len",
+    }
+)
+_MOST = types.MappingProxyType(  # a config from outside must not ask for endless work
+    {
+        "encoder_layers": MOST_LAYERS,
+        "beit3_vl_layers": MOST_LAYERS,
+        "image_size": MOST_PIXELS,
+        "max_text_len": 1022,  # the release's position table has 1024 rows, two of them unused
     }
 )
 _HEADS = types.MappingProxyType({"base": 12, "large": 16, "huge": 32})  # by beit_version
@@ -94,7 +103,7 @@ def read(arch: str) -> Architecture:
         values = json.loads(Path(arch).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"--arch {arch}: {error.strerror}: check the path") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"--arch {arch}: not a JSON file ({error}): mend it") from None
     if not isinstance(values, dict):
         raise UserError(f"--arch {arch}: holds no JSON object: write the release's config keys")
@@ -111,8 +120,11 @@ def from_official(values: Mapping[str, Any], where: str) -> Architecture:
     without_effect = []
     for key, value in values.items():
         if key in _SIZES:
-            if type(value) is not int or value < 1:
-                raise UserError(f"{where}: {key} is {value!r}: give a whole number above 0")
+            most = _MOST.get(key, MOST)
+            if type(value) is not int or not 0 < value <= most:
+                raise UserError(
+                    f"{where}: {key} is {value!r}: give a whole number above 0, at most {most:,}"
+                )
             sizes[_SIZES[key]] = value
         elif key in _FIXED:
             if value != _FIXED[key]:

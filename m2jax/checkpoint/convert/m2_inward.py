@@ -70,15 +70,16 @@ def _tokenizer(request: inward.Request, cfg: config_lib.Model) -> Tokenizer | No
     own = directory / TOKENIZER
     if own.is_file():
         try:
-            return tokenizer_from_dict(json.loads(own.read_text(encoding="utf-8")))
-        except (ValueError, AttributeError):
+            tokenizer = tokenizer_from_dict(json.loads(own.read_text(encoding="utf-8")))
+        except (ValueError, RecursionError):
             raise UserError(f"{own}: damaged: export the model again") from None
-    if request.tokenizer is None and not (directory / glm.FILE).is_file():
+    elif request.tokenizer is None and not (directory / glm.FILE).is_file():
         return None
-    tokenizer = glm.read(directory, cfg.max_text_len)
+    else:
+        own, tokenizer = directory / glm.FILE, glm.read(directory, cfg.max_text_len)
     if tokenizer.vocab_size > cfg.vocab_size:
         raise UserError(
-            f"{directory / glm.FILE}: has {tokenizer.vocab_size:,} pieces but {cfg.name} embeds "
+            f"{own}: has {tokenizer.vocab_size:,} pieces but {cfg.name} embeds "
             f"{cfg.vocab_size:,}: name the tokenizer of this model with --tokenizer DIR"
         )
     return tokenizer
@@ -87,10 +88,10 @@ def _tokenizer(request: inward.Request, cfg: config_lib.Model) -> Tokenizer | No
 def _preprocess(directory: Path, cfg: config_lib.Model) -> Preprocess:
     """The release's, or what our export wrote beside the weights."""
     try:
-        saved = json.loads((directory / PREPROCESS).read_text(encoding="utf-8"))
-        return Preprocess(**saved["m2jax"])
-    except (OSError, ValueError, KeyError, TypeError):
+        saved = json.loads((directory / PREPROCESS).read_text(encoding="utf-8"))["m2jax"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return Preprocess(cfg.image_size)
+    return Preprocess.from_dict(saved, cfg.image_size)
 
 
 def _notes(

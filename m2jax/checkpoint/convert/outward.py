@@ -54,6 +54,17 @@ class Model(Protocol):
         ...
 
 
+def check(directory: Path, *, format: str) -> None:
+    """Refuses a format or a destination that cannot be.
+
+    Raises:
+        UserError: an unknown format, or a folder that exists or cannot be made.
+    """
+    if format not in FORMATS:
+        raise UserError(f"--format {format}: no such format: use one of {', '.join(FORMATS)}")
+    folder.check_absent(directory)
+
+
 def export(model: Model, path: str | os.PathLike[str], *, format: str = "m2-torch") -> None:
     """Writes a model in another format.
 
@@ -66,10 +77,8 @@ def export(model: Model, path: str | os.PathLike[str], *, format: str = "m2-torc
     Raises:
         UserError: an unknown format, a model that it cannot hold, or a folder that exists.
     """
-    if format not in FORMATS:
-        raise UserError(f"--format {format}: no such format: use one of {', '.join(FORMATS)}")
     directory = Path(path)
-    folder.check_absent(directory)
+    check(directory, format=format)
     module = importlib.import_module(FORMATS[format])
     temporary = directory.absolute().with_name(f".{directory.name}.{os.getpid()}")
     try:

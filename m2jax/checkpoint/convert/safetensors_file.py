@@ -55,7 +55,10 @@ def read(file: Path, mapped: mmap.mmap) -> dict[str, np.ndarray]:
         if dtype is None:
             raise UserError(f"{file}: {name} is of type {entry['dtype']}: convert it to F32 first")
         begin = 8 + length + entry["data_offsets"][0]
-        found[name] = np.ndarray(tuple(entry["shape"]), dtype, buffer=mapped, offset=begin)
+        try:
+            found[name] = np.ndarray(tuple(entry["shape"]), dtype, buffer=mapped, offset=begin)
+        except (ValueError, OverflowError) as error:  # too many axes, or 0 times too much
+            raise UserError(f"{file}: {name}: no such shape ({error}): fetch it again") from None
     return found
 
 

@@ -8,18 +8,20 @@ without attributes, so the pickle cannot change them either.
 
 from __future__ import annotations
 
-import collections
 import io
+import math
 import mmap
 import pickle
-import pickletools
 from collections.abc import Mapping
 from typing import Any, NamedTuple, NoReturn
 
 import jax.numpy as jnp
 import numpy as np
 
+from m2jax.checkpoint.convert.pickle_scan import Damaged, scan
 from m2jax.config import UserError
+
+SHARED = 8  # tensors may be this many times the file; tied weights are at most a few
 
 _STORAGES = {
     "DoubleStorage": np.dtype(np.float64),
@@ -33,10 +35,6 @@ _STORAGES = {
     "ByteStorage": np.dtype(np.uint8),
     "BoolStorage": np.dtype(np.bool_),
 }
-
-
-class Damaged(Exception):
-    """The pickle is of the right kind but its numbers make no sense."""
 
 
 class StorageType(NamedTuple):
@@ -56,15 +54,18 @@ class Storage(NamedTuple):
 class _Tensor:
     """Stands for ``torch._utils._rebuild_tensor_v2``: a strided view of a storage."""
 
-    __slots__ = ("_mapped",)
+    __slots__ = ("_bytes", "_mapped")
 
     def __init__(self, mapped: mmap.mmap) -> None:
         object.__setattr__(self, "_mapped", mapped)
+        object.__setattr__(self, "_bytes", [0])  # of all tensors so far
 
     def __setattr__(self, name: str, value: Any) -> NoReturn:
         raise Damaged("it changes what rebuilds tensors")
 
     def __call__(self, storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> np.ndarray:
+        if not isinstance(size, tuple | list) or not isinstance(stride, tuple | list):
+            raise Damaged("a tensor's shape is no list of numbers")
         numbers = (offset, *size, *stride)
         if not isinstance(storage, Storage) or not all(type(n) is int and n >= 0 for n in numbers):
             raise Damaged("a tensor is described by other things than a storage and whole numbers")
@@ -74,9 +75,49 @@ class _Tensor:
         if 0 not in size and last >= storage.numel:
             raise Damaged(f"a tensor of shape {list(size)} runs past the end of its storage")
         item = storage.dtype.itemsize
+        self._bytes[0] += math.prod(size) * item
+        # With steps of 0, or many tensors of one storage, a small file could ask for any memory.
+        if math.prod(size) > storage.numel or self._bytes[0] > SHARED * len(self._mapped):
+            raise Damaged(f"a tensor of shape {list(size)} is larger than what is stored")
         begin = storage.begin + (0 if 0 in size else offset * item)
         strides = tuple(step * item for step in stride)
         return np.ndarray(size, storage.dtype, buffer=self._mapped, offset=begin, strides=strides)
+
+
+class _Names(dict):
+    """Stands for ``OrderedDict``; the attributes that torch gives one are left out."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+class _Dict:
+    """Makes a ``_Names``, with or without its items; an instance, so no pickle can change it."""
+
+    __slots__ = ()
+
+    def __call__(self, items: Any = ()) -> _Names:
+        if not isinstance(items, tuple | list):
+            raise Damaged("the items of a mapping are no list")
+        made = _Names()
+        for key, value in items:
+            if type(key) not in (str, int):
+                raise Damaged("a key is neither a string nor a number")
+            made[key] = value
+        return made
+
+
+class _Size:
+    """Stands for ``torch.Size``: a tuple."""
+
+    __slots__ = ()
+
+    def __call__(self, numbers: Any = ()) -> tuple[Any, ...]:
+        if not isinstance(numbers, tuple | list):
+            raise Damaged("a tensor's shape is no list of numbers")
+        return tuple(numbers)
 
 
 class _Parameter:
@@ -109,7 +150,7 @@ def load(
         UserError: it names anything but tensors and plain containers, or is damaged.
     """
     try:
-        _scan(file, pickled)
+        scan(pickled, lambda module, name: _check_name(file, module, name))
         return _Unpickler(file, pickled, mapped, storages, big_endian).load()
     except UserError:
         raise
@@ -117,20 +158,6 @@ def load(
         raise UserError(
             f"{file}: its pickle is damaged ({type(error).__name__}: {error}): fetch it again"
         ) from error
-
-
-def _scan(file: str, pickled: bytes) -> None:
-    """Refuses, before it runs, a pickle whose memo would take memory by its sheer index."""
-    count, highest = 0, 0
-    for opcode, argument, _ in pickletools.genops(pickled):
-        count += 1
-        if "PUT" in opcode.name:
-            highest = max(highest, int(argument or 0))
-        if opcode.name in ("GLOBAL", "INST"):
-            module, _, name = str(argument).partition(" ")
-            _check_name(file, module, name)
-    if highest > count:
-        raise Damaged(f"memo index {highest} in {count} steps")
 
 
 def _check_name(file: str, module: str, name: str) -> None:
@@ -163,14 +190,16 @@ class _Unpickler(pickle.Unpickler):
         if name in _STORAGES:
             return StorageType(_STORAGES[name])
         return {
-            "OrderedDict": collections.OrderedDict,
-            "Size": tuple,
+            "OrderedDict": _Dict(),
+            "Size": _Size(),
             "_rebuild_tensor_v2": _Tensor(self._mapped),
             "_rebuild_parameter": _Parameter(),
         }[name]
 
     def persistent_load(self, pid: Any) -> Storage:
         kind, storage_type, key, _, numel = pid
+        if type(key) is not str:
+            raise Damaged("the name of a storage is no string")
         if kind != "storage" or not isinstance(storage_type, StorageType) or type(numel) is not int:
             raise Damaged("it refers to something that is no storage")
         begin, size = self._storages[key]

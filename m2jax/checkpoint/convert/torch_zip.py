@@ -17,10 +17,8 @@ from typing import Any, NamedTuple
 from m2jax.checkpoint.convert import torch_pickle
 from m2jax.config import UserError
 
-PICKLE_LIMIT = 64 * 2**20  # bytes of the pickle; that of a 10B model has 0.2 MB
+PICKLE_LIMIT = 8 * 2**20  # bytes of the pickle; that of a 10B model has 0.2 MB
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, lengths of name and extra field
-# What torch writes beside the pickle and the storages; nothing of it is needed here.
-_OTHERS = ("byteorder", "version", "alignment", "serialization", "format", "storage_alignment")
 
 
 class Member(NamedTuple):

@@ -70,8 +70,14 @@ def read(source: Path) -> Weights:
     """
     index = source / INDEX
     if index.is_file() and not any((source / name).is_file() for name in STANDARD):
-        parts = [read(source / name) for name in _files(index)]
-        return Weights(index, {key: part.content[key] for part in parts for key in part.content})
+        content: dict[str, Any] = {}
+        for name in _files(index):
+            part = read(source / name)
+            twice = sorted(map(str, content.keys() & part.content.keys()))
+            if twice:
+                raise UserError(f"{part.file}: {twice[0]} is in another file too: fetch both again")
+            content |= part.content
+        return Weights(index, content)
     file = find(source)
     try:
         with file.open("rb") as handle:
@@ -99,7 +105,7 @@ def _files(index: Path) -> list[str]:
     """
     try:
         names = sorted({*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{index}: no index of weight files: fetch it again") from None
     for name in names:
         if not str(name).endswith(".safetensors") or name != Path(str(name)).name:

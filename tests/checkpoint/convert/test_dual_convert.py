@@ -163,6 +163,14 @@ def test_a_repository_of_the_hub_loads_by_its_name(tmp_path, monkeypatch):
     same_params(toy("clip").params, bundle.params)
 
 
+@pytest.mark.parametrize("name", ["../x", "a/..", ".a/b", "a/b@../../x", "a/b@/x", "a", "a/b/c"])
+def test_a_name_that_leaves_the_cache_never_reaches_the_hub(monkeypatch, name):
+    hub = types.SimpleNamespace(snapshot_download=lambda *_, **__: pytest.fail("asked"))
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    with pytest.raises(m2jax.config.UserError, match="not the name of a repository"):
+        m2jax.load(f"hf:{name}")
+
+
 def test_a_model_is_laid_out_over_a_mesh(tmp_path):
     folder = exported(tmp_path)
     mesh = make_mesh(Mesh(data=1, fsdp=4, model=2))

@@ -54,6 +54,10 @@ def test_missing_keys_are_the_smallest_models():
     [
         ({"encoder_embed_dims": 64}, "encoder_embed_dims: no key of the release"),
         ({"encoder_layers": 0}, "give a whole number above 0"),
+        ({"encoder_layers": 10**9}, "at most 512"),  # would take hours to list its tensors
+        ({"vocab_size": 10**30}, "at most 16,777,216"),
+        ({"image_size": 2**20}, "at most 8,192"),
+        ({"max_text_len": 1023}, "at most 1,022"),
         ({"encoder_layers": True}, "give a whole number above 0"),
         ({"encoder_layers": "9"}, "give a whole number above 0"),
         ({"beit_version": "giant"}, "use one of base, large, huge"),
@@ -73,6 +77,9 @@ def test_arch_names_a_model_or_a_file(tmp_path):
         m2_arch.read("m2-encoder-2b")
     with pytest.raises(UserError, match="No such file"):
         m2_arch.read(str(tmp_path / "none.json"))
+    (tmp_path / "deep.json").write_text("[" * 200_000)
+    with pytest.raises(UserError, match="not a JSON file"):
+        m2_arch.read(str(tmp_path / "deep.json"))
     for text, match in (("[1]", "no JSON object"), ("{", "not a JSON file")):
         (tmp_path / "x.json").write_text(text)
         with pytest.raises(UserError, match=match):

@@ -91,6 +91,15 @@ def test_safetensors_are_views_of_the_file(tmp_path):
         assert not read[name].flags.owndata
 
 
+@pytest.mark.parametrize("shape", [[1] * 100, [0, 2**63]])
+def test_a_shape_that_no_array_has(tmp_path, shape):
+    size = 4 if shape[0] else 0
+    header = json.dumps({"w": {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}}).encode()
+    file = tmp_path / "m.safetensors"
+    file.write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * size)
+    refused(file, "w: no such shape")
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_the_library_reads_what_is_written_here(tmp_path, dtype):
     arrays = {"s": np.array(2.0), "odd": BASE[:3], "m": BASE.reshape(4, 6).T, "none": BASE[:0]}
@@ -135,6 +144,8 @@ def program(*parts):
 
 
 REBUILD = b"ctorch._utils\n_rebuild_tensor_v2\n"
+NAMES, FLOATS = b"ccollections\nOrderedDict\n", b"ctorch\nFloatStorage\n"
+STORED = b"(U\x07storage" + FLOATS + b"U\x010U\x03cpuK\x18tQ"  # all of BASE
 
 
 @pytest.mark.parametrize(
@@ -152,6 +163,15 @@ REBUILD = b"ctorch._utils\n_rebuild_tensor_v2\n"
         (program(REBUILD, b"(NK\x00K\x01K\x01tR"), "damaged"),
         (program(b"U\x01xQ"), "damaged"),
         (program(b"(U\x07storageNU\x010U\x03cpuK\x01tQ"), "no storage"),
+        (program(b"}K\x01", b"\x85" * 300_000, b"Ns"), "a key is neither"),  # overflows the stack
+        (program(b"}K\x01", b"\x85" * 300_000, b"r\x01\0\0\0Nsh\x01"), "a key is neither"),
+        (program(b"}K\x01", b"2\x86" * 60, b"Ns"), "a key is neither"),  # 2 ** 60 steps to hash
+        (program(b"}(K\x01", b"2\x86" * 60, b"Nu"), "a key is neither"),
+        (program(b"(K\x01", b"2\x86" * 60, b"Nd"), "a key is neither"),
+        (program(b"}K\x01", b"2\x86" * 60, b"q\0Nsh\0"), "a key is neither"),
+        (program(NAMES, b"(](K\x01", b"2\x86" * 60, b"NtatR"), "a key is neither"),
+        (program(b"\x8f(K\x01", b"2\x86" * 60, b"\x90"), "a set"),
+        (program(b"(U\x07storage", FLOATS, b"K\x01", b"\x85" * 300_000, b"NNtQ"), "no string"),
         (program(b"]"), "holds a list"),
         (b"\x80\x02}", "damaged"),
         (b"", "damaged"),
@@ -182,6 +202,43 @@ def test_hostile_pickles(tmp_path, data, match):
 def test_a_tensor_never_leaves_its_storage(tmp_path, tensor, match):
     torch_files.save(tmp_path / "m.ckpt", {"secret": whole(RNG.normal(size=99)), "w": tensor})
     refused(tmp_path / "m.ckpt", match)
+
+
+@pytest.mark.parametrize("numbers", [b"ctorch\nSize\n", REBUILD + b"(" + STORED + b"K\0"])
+def test_a_tensor_is_no_list_of_numbers(tmp_path, numbers):
+    """A shape as long as the file has numbers would take many times its memory."""
+    tensor = REBUILD + b"(" + STORED + b"K\0K\x18\x85K\x01\x85\x89NtR"
+    rest = b"\x85R" if b"Size" in numbers else b"K\x01\x85\x89NtR"
+    torch_files.write(tmp_path / "m.ckpt", program(numbers, tensor, rest), [BASE.tobytes()])
+    refused(tmp_path / "m.ckpt", "shape is no list")
+
+
+def test_a_small_file_cannot_ask_for_much_memory(tmp_path):
+    file = tmp_path / "m.ckpt"
+    torch_files.save(file, {"w": Tensor(BASE, (2**40,), (0,))})
+    refused(file, "larger than what is stored")
+    big = RNG.normal(size=10**5).astype(np.float32)
+    many = {str(n): Tensor(big, big.shape, (1,)) for n in range(4)}  # tied weights are honest
+    torch_files.save(file, many)
+    assert len(weights.read(file).content) == 4
+    many = {str(n): Tensor(big, big.shape, (1,)) for n in range(12)}
+    torch_files.save(file, many)
+    refused(file, "larger than what is stored")
+
+
+def test_a_mapping_keeps_no_attributes(tmp_path):
+    """Torch gives state dicts one; a hostile file could put anything over their methods."""
+    file = tmp_path / "m.ckpt"
+    torch_files.write(file, program(NAMES, b")R}U\x05itemsNsb"))
+    assert list(weights.read(file).content.items()) == []
+
+
+def test_keys_may_be_numbers(tmp_path):
+    """As in the state of an optimizer."""
+    content = {"state": {0: {"step": 1}, 2**40: 2}, "pairs": collections.OrderedDict(a=(1, 2))}
+    for protocol in (0, 2, 4):
+        torch_files.save(tmp_path / "m.ckpt", content, protocol=protocol)
+        assert weights.read(tmp_path / "m.ckpt").content == content
 
 
 def test_what_a_pickle_does_changes_nothing_for_the_next(tmp_path):
@@ -314,3 +371,16 @@ def test_an_index_names_only_files_beside_it(tmp_path, name):
 def test_a_damaged_index_is_refused(tmp_path, text):
     (tmp_path / weights.INDEX).write_text(text)
     refused(tmp_path, "no index of weight files")
+
+
+def test_a_tensor_in_two_files_is_refused(tmp_path):
+    save_file({"w": BASE, "a": BASE}, tmp_path / "1.safetensors")
+    save_file({"w": BASE + 1}, tmp_path / "2.safetensors")
+    index = {"weight_map": {"a": "1.safetensors", "w": "2.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(tmp_path, "w is in another file too")
+
+
+def test_a_deep_index_is_refused(tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text("[" * 200_000)
+    refused(tmp_path, "no index")
