@@ -80,7 +80,7 @@ def versions() -> str:
 def _headline(metrics: Mapping[str, float]) -> str:
     """Zero-shot top-1 and top-5 with intervals, pixel neighbour and chance in the same table."""
     cells = []
-    for key in sorted(metrics, key=lambda k: (k.split("/")[-2:], k)):
+    for key in sorted(metrics, key=lambda k: (k.startswith("baseline"), k)):
         if not key.endswith("/top1"):
             continue
         stem = key.removesuffix("/top1")

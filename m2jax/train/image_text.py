@@ -63,20 +63,18 @@ class ImageTextTask:
         images, texts = batch["image"], batch["text"]
         rows, views = images.shape[:2]
         languages = texts.shape[1]
-        # Views and languages are folded into the rows view by view, language by language, so that
-        # each contrast below is over one contiguous block of as many rows as the batch has.
+        # Views and languages are folded into the rows they belong to, so a device keeps its rows;
+        # only the features, which are small, are then put in order view by view.
         pixels = augment(images, self.experiment.data.augment, keys[0], model.dtype)
-        image = model.encode_image(
-            pixels.swapaxes(0, 1).reshape(-1, *pixels.shape[2:]), rng=keys[1]
-        )
+        image = model.encode_image(pixels.reshape(-1, *pixels.shape[2:]), rng=keys[1])
         text = model.encode_text(
-            texts.swapaxes(0, 1).reshape(-1, texts.shape[2]),
-            batch["text_mask"].swapaxes(0, 1).reshape(-1, texts.shape[2]),
+            texts.reshape(-1, texts.shape[2]),
+            batch["text_mask"].reshape(-1, texts.shape[2]),
             rng=keys[2],
         )
 
         def split(features: jax.Array, parts: int) -> jax.Array:
-            return features.reshape(parts, rows, -1)
+            return features.reshape(rows, parts, -1).swapaxes(0, 1)
 
         vl_scale, scale = jnp.exp(model.logit_vl_scale[...]), jnp.exp(model.logit_scale[...])
         vl_image, vl_text = split(image.features, views), split(text.features, languages)
