@@ -18,7 +18,7 @@ TORCH_READY := .venv-torch/ready
 .PHONY: help demo test test-torch lint notebooks lock clean
 
 help:
-	@echo 'make demo       train the demo into runs/demo and write its report (about 15 minutes)'
+	@echo 'make demo       train the demo into runs/demo and write its report (about 10 minutes)'
 	@echo 'make test       lint, types, import rules, tests'
 	@echo 'make test-torch the tests against PyTorch, transformers and open_clip (a .venv-torch of 2 GB)'
 	@echo 'make lint       the first three alone'
