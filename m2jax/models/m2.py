@@ -87,10 +87,11 @@ class M2Encoder(nnx.Module):
         self.cfg = cfg
         self.dtype = jnp.dtype(cfg.dtype)
         patches = (cfg.image_size // cfg.patch_size) ** 2
-        position_std = 1.0 if cfg.init == "torch" else d**-0.5
+        random = layers.normal(1.0 if cfg.init == "torch" else d**-0.5)
+        in_image = random if cfg.init == "torch" else grid_positions
 
-        def table(rows: int, std: float, axes: tuple[str | None, str | None]) -> nnx.Param:
-            return layers.param(rngs, layers.normal(std), (rows, d), axes, dtype)
+        def table(rows: int, init: layers.Init, axes: tuple[str | None, str | None]) -> nnx.Param:
+            return layers.param(rngs, init, (rows, d), axes, dtype)
 
         def head(out: int) -> layers.Linear:
             std = 0.02 if cfg.init == "torch" else d**-0.5
@@ -98,10 +99,12 @@ class M2Encoder(nnx.Module):
                 rngs, (d, out), ("embed", "features"), init=layers.normal(std), dtype=dtype
             )
 
-        self.text_embed = table(padded_vocab(cfg.vocab_size), d**-0.5, ("vocab", "embed"))
+        self.text_embed = table(
+            padded_vocab(cfg.vocab_size), layers.normal(d**-0.5), ("vocab", "embed")
+        )
         self.vision_embed = VisionEmbed(rngs, cfg)
-        self.image_positions = table(patches + 1 + POSITION_OFFSET, position_std, (None, "embed"))
-        self.text_positions = table(cfg.text_positions, position_std, (None, "embed"))
+        self.image_positions = table(patches + 1 + POSITION_OFFSET, in_image, (None, "embed"))
+        self.text_positions = table(cfg.text_positions, random, (None, "embed"))
         self.backbone = Encoder(rngs, cfg, cfg.backbone_layers)
         self.vl = Encoder(rngs, cfg, cfg.vl_layers)
         self.norm = layers.LayerNorm(rngs, d, eps=1e-6, dtype=dtype)
@@ -192,6 +195,23 @@ def drop_patches(
     order = jnp.argsort(jax.random.uniform(rng, (b, n - 1)), axis=1)[:, :kept]
     patches = jnp.take_along_axis(tokens[:, 1:], order[..., None], axis=1)
     return jnp.concatenate([tokens[:, :1], patches], axis=1)
+
+
+def grid_positions(rng: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    """First image positions of ``init="scaled"``: half-size sines and cosines of row and column.
+
+    As large as the patch embeddings they are added to, so attention knows from the first step where
+    a patch lies. Rows 0 and 1 and [CLS] start at zero. An ``Init``; it draws nothing from ``rng``.
+    """
+    del rng
+    rows, width = shape
+    side = math.isqrt(rows - POSITION_OFFSET - 1)
+    waves = 100.0 ** -jnp.linspace(0.0, 1.0, width // 4, endpoint=False)
+    row, column = jnp.divmod(jnp.arange(side * side), side)
+    angles = jnp.concatenate([row[:, None] * waves, column[:, None] * waves], axis=1)
+    grid = 0.5 * jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1)
+    table = jnp.zeros(shape, dtype)
+    return table.at[POSITION_OFFSET + 1 :, : grid.shape[1]].set(grid.astype(dtype))
 
 
 def _positions(table: jax.Array, tokens: jax.Array) -> jax.Array:

@@ -15,12 +15,14 @@ VIEWS = 2
 
 def run(cfg, rng=0, rgba=RGBA, views=1):
     rows = jnp.asarray(rgba).reshape(-1, views, *rgba.shape[1:])
-    out = augment(rows, cfg, jax.random.key(rng), jnp.float32)
+    out = augment(rows, cfg, jax.random.key(rng), jnp.dtype("float32"))
     return np.asarray(out).reshape(*rgba.shape[:-1], 3)
 
 
 def test_without_strengths_it_is_the_drawing_on_white():
-    np.testing.assert_allclose(run(Augment()), on_white(jnp.asarray(RGBA), jnp.float32), atol=2e-6)
+    np.testing.assert_allclose(
+        run(Augment()), on_white(jnp.asarray(RGBA), jnp.dtype("float32")), atol=2e-6
+    )
 
 
 def test_a_sure_flip_mirrors():

@@ -44,6 +44,18 @@ def test_published_sizes_have_the_published_number_of_parameters(size):
     assert {name for name, _ in places} == set(abstract.axes)
 
 
+def test_grid_positions_know_rows_from_columns():
+    table = m2.grid_positions(jax.random.key(0), (2 + 1 + 16, 32), jnp.dtype("float32"))
+    np.testing.assert_array_equal(table[:3], 0)
+    grid = np.asarray(table[3:]).reshape(4, 4, 32)
+    near = grid @ grid[1, 2]  # falls with the distance along each axis, by symmetry alike
+    np.testing.assert_allclose(near[1, [1, 3]], near[[0, 2], 2], rtol=1e-6)
+    assert near[1, 2] > near[1, 1] > near[1, 0]
+    assert near[1, 2] > near[2, 2] > near[3, 2]
+    assert len(np.unique(np.round(grid.reshape(16, 32), 5), axis=0)) == 16
+    np.testing.assert_allclose(np.square(grid).sum(-1), 32 / 8, rtol=1e-6)  # 0.5^2 a pair
+
+
 @pytest.mark.parametrize(
     "change", [{"remat": "full"}, {"remat": "dots"}, {"unroll": 2}, {"unroll": 99}]
 )
