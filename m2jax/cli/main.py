@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from m2jax import __version__
 from m2jax.cli import convert, data, doctor, embed, evaluate, inspect, train
+from m2jax.cli.terminal import printable
 from m2jax.dist.host import restart_with_huge_pages
 
 # Each has add_parser(subparsers) and run(args) -> exit code. None imports jax before it runs.
@@ -103,7 +104,5 @@ def _report(error: Exception, *, debug: bool) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    # Names out of a hostile file may hold line ends, and codes that a terminal obeys.
-    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
-    print(f"m2jax: error: {line}", file=sys.stderr)
+    print(f"m2jax: error: {printable(message)}", file=sys.stderr)
     return code

@@ -255,9 +255,11 @@ def test_the_tokenizer_must_fit(tmp_path, release):
     with pytest.raises(UserError, match="not GLM's"):
         imported(file, arch)
     (file.parent / "sp.model").unlink()
-    (file.parent / m2_inward.TOKENIZER).write_text("{")
-    with pytest.raises(UserError, match="export the model again"):
-        imported(file, arch)
+    for name in (m2_inward.TOKENIZER, m2_inward.PREPROCESS):
+        (file.parent / name).write_text("{")
+        with pytest.raises(UserError, match=f"{name}: not JSON"):
+            imported(file, arch)
+        (file.parent / name).unlink()
 
 
 def test_a_destination_that_exists_is_refused_before_the_work(tmp_path, release):
