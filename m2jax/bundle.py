@@ -151,7 +151,7 @@ def load(
 def _for_use(model: Architecture, dtype: str, mesh: Mesh) -> Architecture:
     """The config of a model as it is run here; its function and its parameters stay."""
     one_cpu = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
-    return dataclasses.replace(model, dtype=dtype, attention="cache" if one_cpu else "batch")
+    return dataclasses.replace(model, dtype=dtype, attention="sample" if one_cpu else "batch")
 
 
 def _side(model: Architecture) -> int:

@@ -48,7 +48,7 @@ class Model:
     param_dtype: str = "float32"
     drop_path: float = 0.0  # share of residual branches dropped in training, rising with depth
     patch_drop: float = 0.0  # share of image patches dropped in training (FLIP)
-    attention: str = "batch"  # batch | cache: as many samples at a time as fit a CPU's cache
+    attention: str = "batch"  # batch | sample: one at a time, which stays in a CPU's cache
     remat: str = "none"  # none | full | dots: what the backward pass recomputes
     unroll: int = 1  # layers per iteration of the scan; >= the depth unrolls it
 
@@ -351,7 +351,7 @@ _CHOICES: Mapping[tuple[type, str], tuple[str, ...]] = types.MappingProxyType(
         (Model, "init"): ("torch", "scaled"),
         (Model, "dtype"): ("bfloat16", "float32", "float64"),
         (Model, "param_dtype"): ("bfloat16", "float16", "float32", "float64"),
-        (Model, "attention"): ("batch", "cache"),
+        (Model, "attention"): ("batch", "sample"),
         (Model, "remat"): ("none", "full", "dots"),
         (Optim, "name"): ("adamw", "adafactor", "lion", "muon"),
         (Optim, "schedule"): ("cosine", "linear", "constant"),

@@ -22,7 +22,7 @@ _CHOICES = {
     "text_pooling": ("argmax", "eos", "last", "first"),
     "dtype": ("bfloat16", "float32", "float64"),
     "param_dtype": ("bfloat16", "float16", "float32", "float64"),
-    "attention": ("batch", "cache"),
+    "attention": ("batch", "sample"),
     "remat": ("none", "full", "dots"),
 }
 
@@ -82,7 +82,7 @@ class Dual:
     logit_bias: bool = False  # SigLIP's, added to the scaled cosines
     dtype: str = "float32"  # of activations; normalisation and softmax are >= float32
     param_dtype: str = "float32"
-    attention: str = "batch"  # batch | cache: as many samples at a time as fit a CPU's cache
+    attention: str = "batch"  # batch | sample: one at a time, which stays in a CPU's cache
     remat: str = "none"  # none | full | dots: what the backward pass recomputes
     unroll: int = 1  # layers per iteration of the scan; >= the depth unrolls it
 
