@@ -107,8 +107,11 @@ def test_a_hub_release_of_another_file_name_is_found(model, hub, tmp_path):
     here, release = m2jax.load(model), tmp_path / "release"
     m2jax.export(here, release)
     (release / "model.safetensors").rename(release / "m2_encoder.safetensors")
+    (release / "onnx").mkdir()
+    (release / "onnx" / "half.safetensors").write_text("not read")
     there = m2jax.load("hf:org/release")
     np.testing.assert_array_equal(text_features(there), text_features(here))
+    assert not (tmp_path / "cache" / "commit-release" / "onnx").exists()
 
 
 def test_what_the_hub_cannot_give_is_one_line(hub):
