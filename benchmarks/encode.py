@@ -11,6 +11,7 @@ table row per modality and batch: items per second (median), and the median of t
 """
 
 import argparse
+import os
 import statistics
 import time
 
@@ -23,7 +24,7 @@ from torch.nn import functional
 from m2jax.bundle import Bundle
 from m2jax.config import Model, resolve
 from m2jax.data.image import Preprocess
-from m2jax.dist.host import restart_with_huge_pages
+from m2jax.dist.host import TUNABLE, restart_with_huge_pages
 from m2jax.models import params as params_lib
 
 EPS = 1e-5
@@ -140,10 +141,15 @@ def main():
     parser.add_argument("--arch", default="m2-encoder-0.4b")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument(
+        "--attention", default="sample", help="sample is what m2jax.load takes on one CPU device"
+    )
     parser.add_argument("--unroll", type=int, default=1, help="layers per scan iteration")
     args = parser.parse_args()
-    cfg = resolve(Model(name=args.arch, dtype="float32", unroll=args.unroll))
+    made = Model(name=args.arch, dtype="float32", attention=args.attention, unroll=args.unroll)
+    cfg = resolve(made)
     rng = np.random.default_rng(0)
+    print(f"{os.environ.get(TUNABLE, 'no huge pages')}; attention by {args.attention}")
     print(f"jax {jax.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads")
     print("| | batch | m2jax / s | PyTorch / s | m2jax / PyTorch |\n|---|---|---|---|---|")
     with torch.inference_mode():

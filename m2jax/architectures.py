@@ -42,3 +42,10 @@ ARCHITECTURES: Mapping[str, Mapping[str, int]] = types.MappingProxyType(
 )
 
 SIZES = tuple(ARCHITECTURES["m2-encoder-demo"])  # what must agree for parameters to fit
+
+# A config from outside must not ask for endless work.
+MOST_LAYERS, MOST_PIXELS, MOST = 512, 2**13, 2**24
+LIMITS: Mapping[str, int] = types.MappingProxyType(
+    dict.fromkeys((*SIZES, "text_positions"), MOST)
+    | {"backbone_layers": MOST_LAYERS, "vl_layers": MOST_LAYERS, "image_size": MOST_PIXELS}
+)

@@ -127,13 +127,12 @@ def load(
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory: name a work directory or a checkpoint")
     mesh = mesh or make_mesh(config_lib.Mesh(), jax.devices()[:1])
-    arch = inward.detect(directory)
-    if arch is not None:
-        return _load_exported(directory, arch, dtype, mesh)
-    checkpoint = directory if (directory / "bundle").is_dir() else manager.newest(directory)
+    checkpoint = _checkpoint(directory)
+    if checkpoint is None:
+        return _load_exported(directory, dtype, mesh)
     saved = manager.read_bundle(checkpoint)
     tokenizer = saved.assets["tokenizer"]
-    model = dataclasses.replace(saved.model, dtype=dtype)
+    model = _for_use(saved.model, dtype, mesh)
     abstract = params_lib.abstract(model)
     shapes = jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
@@ -149,15 +148,30 @@ def load(
     )
 
 
+def _for_use(model: Architecture, dtype: str, mesh: Mesh) -> Architecture:
+    """The config of a model as it is run here; its function and its parameters stay."""
+    one_cpu = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
+    return dataclasses.replace(model, dtype=dtype, attention="sample" if one_cpu else "batch")
+
+
 def _side(model: Architecture) -> int:
     """Pixels of a side of the images a model takes."""
     return model.vision.image_size if isinstance(model, Dual) else model.image_size
 
 
-def _load_exported(directory: Path, arch: str, dtype: str, mesh: Mesh) -> Bundle:
+def _checkpoint(directory: Path) -> Path | None:
+    """The checkpoint that a folder is or holds; ``None`` for a folder in another format."""
+    if (directory / "bundle").is_dir():
+        return directory
+    if not manager.folder(directory).is_dir() and inward.detect(directory) is not None:
+        return None
+    return manager.newest(directory)
+
+
+def _load_exported(directory: Path, dtype: str, mesh: Mesh) -> Bundle:
     """A folder in another format, read as ``convert`` reads it but not checked."""
-    imported = inward.read(directory, arch=arch, mesh=mesh)
-    model = dataclasses.replace(imported.config, dtype=dtype)
+    imported = inward.read(directory, mesh=mesh)
+    model = _for_use(imported.config, dtype, mesh)
     graph = params_lib.abstract(model).graph
     return Bundle(model, graph, imported.params, imported.tokenizer, imported.preprocess)
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from m2jax.architectures import ARCHITECTURES
+from m2jax.architectures import ARCHITECTURES, LIMITS
 
 
 class UserError(Exception):
@@ -48,6 +48,7 @@ class Model:
     param_dtype: str = "float32"
     drop_path: float = 0.0  # share of residual branches dropped in training, rising with depth
     patch_drop: float = 0.0  # share of image patches dropped in training (FLIP)
+    attention: str = "batch"  # batch | sample: one at a time, which stays in a CPU's cache
     remat: str = "none"  # none | full | dots: what the backward pass recomputes
     unroll: int = 1  # layers per iteration of the scan; >= the depth unrolls it
 
@@ -191,23 +192,35 @@ class Experiment:
     eval: Eval = field(default_factory=Eval)
 
 
-def resolve(model: Model) -> Model:
-    """Fills the sizes left at 0 from the named architecture, and checks that they fit together."""
+def resolve(model: Model, where: str = "model") -> Model:
+    """Fills the sizes left at 0 from the named architecture, and checks that they fit together.
+
+    Raises:
+        UserError: an unknown name, a size beyond its limits, or sizes that do not fit; ``where``
+            names the source.
+    """
     if model.name not in ARCHITECTURES:
         raise UserError(
-            f"model.name={model.name!r}: no such architecture: "
+            f"{where}.name={model.name!r}: no such architecture: "
             f"use one of {', '.join(ARCHITECTURES)}"
         )
     named = {k: v for k, v in ARCHITECTURES[model.name].items() if not getattr(model, k)}
     model = dataclasses.replace(model, **named)
-    if model.width % model.heads:
+    for key, most in LIMITS.items():
+        size = getattr(model, key)
+        if not 0 < size <= most:
+            raise UserError(f"{where}.{key}={size}: must lie between 1 and {most:,}: change it")
+    for whole, part in (("width", "heads"), ("image_size", "patch_size")):
+        sizes = getattr(model, whole), getattr(model, part)
+        if sizes[0] % sizes[1]:
+            raise UserError(
+                f"{where}.{whole}={sizes[0]}: not a multiple of {where}.{part}={sizes[1]}: "
+                "change one"
+            )
+    if model.max_text_len + 2 > model.text_positions:  # two rows of the table are never read
         raise UserError(
-            f"model.width={model.width}: not a multiple of model.heads={model.heads}: change one"
-        )
-    if model.image_size % model.patch_size:
-        raise UserError(
-            f"model.image_size={model.image_size}: not a multiple of "
-            f"model.patch_size={model.patch_size}: change one"
+            f"{where}.max_text_len={model.max_text_len}: text_positions={model.text_positions} "
+            f"has room for {model.text_positions - 2}: change one"
         )
     return model
 
@@ -338,6 +351,7 @@ _CHOICES: Mapping[tuple[type, str], tuple[str, ...]] = types.MappingProxyType(
         (Model, "init"): ("torch", "scaled"),
         (Model, "dtype"): ("bfloat16", "float32", "float64"),
         (Model, "param_dtype"): ("bfloat16", "float16", "float32", "float64"),
+        (Model, "attention"): ("batch", "sample"),
         (Model, "remat"): ("none", "full", "dots"),
         (Optim, "name"): ("adamw", "adafactor", "lion", "muon"),
         (Optim, "schedule"): ("cosine", "linear", "constant"),

@@ -11,15 +11,10 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 
+from m2jax.architectures import MOST, MOST_LAYERS, MOST_PIXELS
 from m2jax.config import Model, UserError, from_mapping
 
 FAMILIES = ("clip", "siglip", "chinese-clip")
-
-MOST_LAYERS, MOST_PIXELS, MOST = (
-    512,
-    2**13,
-    2**24,
-)  # a config from outside must not ask for endless work
 
 _CHOICES = {
     "activation": ("quick_gelu", "gelu", "gelu_tanh"),
@@ -27,6 +22,7 @@ _CHOICES = {
     "text_pooling": ("argmax", "eos", "last", "first"),
     "dtype": ("bfloat16", "float32", "float64"),
     "param_dtype": ("bfloat16", "float16", "float32", "float64"),
+    "attention": ("batch", "sample"),
     "remat": ("none", "full", "dots"),
 }
 
@@ -86,6 +82,7 @@ class Dual:
     logit_bias: bool = False  # SigLIP's, added to the scaled cosines
     dtype: str = "float32"  # of activations; normalisation and softmax are >= float32
     param_dtype: str = "float32"
+    attention: str = "batch"  # batch | sample: one at a time, which stays in a CPU's cache
     remat: str = "none"  # none | full | dots: what the backward pass recomputes
     unroll: int = 1  # layers per iteration of the scan; >= the depth unrolls it
 
@@ -114,6 +111,7 @@ def check(cfg: Dual, where: str = "config") -> Dual:
         ("text.pooling", cfg.text.pooling, _CHOICES["text_pooling"]),
         ("dtype", cfg.dtype, _CHOICES["dtype"]),
         ("param_dtype", cfg.param_dtype, _CHOICES["param_dtype"]),
+        ("attention", cfg.attention, _CHOICES["attention"]),
         ("remat", cfg.remat, _CHOICES["remat"]),
     ]
     for key, value, allowed in choices:

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Eight virtual CPU devices for every test, and compiled programs kept between runs."""
 
+import importlib.util
 import os
 from pathlib import Path
+
+import pytest
 
 # Read by jax when its first device is touched, so they are set before any test module is imported.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -23,3 +26,15 @@ for name in list(os.environ):
     ours = name in ("M2JAX_GOLDEN", "M2JAX_SHARED")  # where fixtures lie
     if name.startswith(("M2JAX_", "SLURM_", "OMPI_", "SKYPILOT_")) and not ours:
         del os.environ[name]
+
+
+def pytest_collection_modifyitems(items):
+    """The torch lane: skipped where PyTorch is missing; its libraries' warnings are their own."""
+    missing = importlib.util.find_spec("torch") is None
+    for item in items:
+        if item.get_closest_marker("torch") is None:
+            continue
+        if missing:
+            item.add_marker(pytest.mark.skip(reason="needs PyTorch: make test-torch"))
+        for kind in ("DeprecationWarning", "UserWarning", "FutureWarning"):
+            item.add_marker(pytest.mark.filterwarnings(f"ignore::{kind}"))

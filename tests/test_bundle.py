@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``load``: every kind of folder, from here or from the Hub, and nothing that is none."""
 
+import fnmatch
 import sys
 import types
 
@@ -37,18 +38,26 @@ def model(tmp_path, params):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """A stand-in for huggingface_hub whose cache is made of links, as the real one's is."""
+    """A stand-in for huggingface_hub whose cache is made of links, as the real one's is.
+
+    Snapshots are called by their commit, and patterns match as the real ones do: ``*`` takes ``/``.
+    """
     calls = []
 
-    def snapshot_download(repo_id, *, revision=None):
+    def snapshot_download(repo_id, *, revision=None, allow_patterns=None, ignore_patterns=()):
         calls.append((repo_id, revision))
         source = tmp_path / repo_id.split("/")[1]
         if not source.is_dir():
             raise ConnectionError("404 Client Error.\n\nRepository Not Found for url: ...")
-        cache = tmp_path / "cache" / str(len(calls))
+        cache = tmp_path / "cache" / f"commit-{source.name}"
         for file in source.rglob("*"):
-            if file.is_file():
-                link = cache / file.relative_to(source)
+            name = str(file.relative_to(source))
+            wanted, unwanted = (
+                any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+                for patterns in (allow_patterns, ignore_patterns)
+            )
+            link = cache / name
+            if file.is_file() and wanted and not unwanted and not link.exists():
                 link.parent.mkdir(parents=True, exist_ok=True)
                 link.symlink_to(file)
         return str(cache)
@@ -69,7 +78,40 @@ def test_the_hub_holds_model_folders_and_exports(model, hub, tmp_path):
     for name in ("org/model", "org/exported@v1"):
         there = m2jax.load(f"hf:{name}")
         np.testing.assert_array_equal(text_features(there), text_features(here))
-    assert hub == [("org/model", None), ("org/exported", "v1")]
+    commit = "commit-exported"  # what follows the first files is of the same state
+    assert hub == [("org/model", None), ("org/exported", "v1"), ("org/exported", commit)]
+
+
+def test_the_hub_is_asked_for_what_is_read_alone(model, hub, tmp_path):
+    """Releases hold the same weights several times, and examples, in other files."""
+    here, release = m2jax.load(model), tmp_path / "release"
+    m2jax.export(here, release)
+    others = (
+        "pytorch_model.bin",
+        "tf_model.h5",
+        "onnx/model.safetensors",
+        "a.safetensors",
+        "a.png",
+    )
+    for name in others:
+        (release / name).parent.mkdir(exist_ok=True)
+        (release / name).write_text("not read")
+    there = m2jax.load("hf:org/release")
+    np.testing.assert_array_equal(text_features(there), text_features(here))
+    cache = tmp_path / "cache" / "commit-release"
+    assert (cache / "model.safetensors").exists()
+    assert not [name for name in others if (cache / name).exists()]
+
+
+def test_a_hub_release_of_another_file_name_is_found(model, hub, tmp_path):
+    here, release = m2jax.load(model), tmp_path / "release"
+    m2jax.export(here, release)
+    (release / "model.safetensors").rename(release / "m2_encoder.safetensors")
+    (release / "onnx").mkdir()
+    (release / "onnx" / "half.safetensors").write_text("not read")
+    there = m2jax.load("hf:org/release")
+    np.testing.assert_array_equal(text_features(there), text_features(here))
+    assert not (tmp_path / "cache" / "commit-release" / "onnx").exists()
 
 
 def test_what_the_hub_cannot_give_is_one_line(hub):
@@ -114,6 +156,10 @@ def test_never_random_weights(tmp_path):
     for path, match in ((tmp_path / "no", "no such directory"), (tmp_path, "holds no weight file")):
         with pytest.raises(UserError, match=match):
             m2jax.load(path)
+    for text, match in (("{", "config.json: not JSON"), ("[]", "config.json: holds no JSON")):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(UserError, match=match):
+            m2jax.load(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="holds no checkpoint"):
         m2jax.load(tmp_path)

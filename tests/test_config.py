@@ -35,6 +35,8 @@ def test_json_round_trip():
         ("optim.name=sgd", "adamw"),
         ("model.name=m3", "m2-encoder-10b"),
         ("model.heads=5", "model.heads"),
+        ("model.width=-192", "model.width=-192: must lie between 1 and 16,777,216"),
+        ("model.max_text_len=1023", "has room for 1022"),
         ("train.steps", "no value"),
     ],
 )

@@ -162,7 +162,8 @@ def read_bundle(checkpoint: Path) -> Saved:
         raise UserError(f"{where}: lacks tokenizer or preprocess: use another checkpoint")
     if "dual" in saved:
         return Saved(config_dual.from_json(text, where), assets)
-    return Saved(config_lib.from_json(text, where).model, assets)
+    model = config_lib.from_json(text, where).model
+    return Saved(config_lib.resolve(model, f"{where}: model"), assets)
 
 
 def read_params(checkpoint: Path, abstract_params: Any) -> Any:

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from m2jax.cli.terminal import printable
+
 CHECK_FAILED = 4
 
 
@@ -101,7 +103,7 @@ def run_import(args: argparse.Namespace) -> int:
         print(f"m2jax: error: {args.src}: {failed}", file=sys.stderr)
         return CHECK_FAILED
     for note in report.notes:
-        print(note)
+        print(printable(note))
     print(check.table(report.checks) if report.checks else "not checked")
     print(args.dst)
     return 0

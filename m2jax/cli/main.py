@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from m2jax import __version__
 from m2jax.cli import convert, data, doctor, embed, evaluate, inspect, train
+from m2jax.cli.terminal import printable
 from m2jax.dist.host import restart_with_huge_pages
 
 # Each has add_parser(subparsers) and run(args) -> exit code. None imports jax before it runs.
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 done, 1 the program failed, 2 bad input, 130 interrupted, or
         the verb's own.
     """
-    if argv is None and sys.argv[1:2] == ["train"]:
+    if argv is None and sys.argv[1:2] in (["train"], ["eval"], ["embed"]):
         restart_with_huge_pages()
     words, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
     args = build_parser().parse_args(words)
@@ -103,7 +104,5 @@ def _report(error: Exception, *, debug: bool) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    # Names out of a hostile file may hold line ends, and codes that a terminal obeys.
-    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
-    print(f"m2jax: error: {line}", file=sys.stderr)
+    print(f"m2jax: error: {printable(message)}", file=sys.stderr)
     return code

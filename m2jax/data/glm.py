@@ -13,10 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from m2jax.config import UserError
-from m2jax.data.text import Tokens, open_model, sentencepiece_fields, well_formed
+from m2jax.data.text import Tokens, open_model, padded, sentencepiece_fields, well_formed
 
 FILE = "sp.model"  # its name in a release directory
 END, CLS, MASK, UNK = "<|endoftext|>", "[CLS]", "[MASK]", "[UNK]"  # the end is also the padding
@@ -54,15 +52,11 @@ class GLMTokenizer:
 
     def __call__(self, texts: Sequence[str]) -> Tokens:
         """Tokenises texts of any length; the empty one is [CLS] and end alone."""
-        ids = np.full((len(texts), self.max_len), self._ids[END], np.int32)
-        mask = np.zeros((len(texts), self.max_len), np.bool_)
-        room = self.max_len - 2
-        for row, text in enumerate(texts):
+        room, end, lines = self.max_len - 2, self._ids[END], []
+        for text in texts:
             content = self._content(text)
-            line = [self._ids[CLS], *content[max(0, len(content) - room) :], self._ids[END]]
-            ids[row, : len(line)] = line
-            mask[row, : len(line)] = True
-        return Tokens(ids, mask)
+            lines.append([self._ids[CLS], *content[max(0, len(content) - room) :], end])
+        return padded(lines, self.max_len, end)
 
     def _content(self, text: str) -> list[int]:
         """Ids of a text without [CLS], end and padding."""

@@ -12,10 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from m2jax.config import UserError
-from m2jax.data.text import Tokens, well_formed
+from m2jax.data.text import Tokens, padded, well_formed
 
 START_TEXT, END_TEXT = "<|startoftext|>", "<|endoftext|>"  # CLIP's
 # CLIP's words: the contractions, runs of letters, single digits, runs of anything else.
@@ -54,12 +52,8 @@ class FastTokenizer:
 
     def __call__(self, texts: Sequence[str]) -> Tokens:
         """Tokenises texts; the empty one is the special tokens alone."""
-        ids = np.full((len(texts), self.max_len), self.pad_id, np.int32)
-        mask = np.zeros((len(texts), self.max_len), np.bool_)
-        for row, encoded in enumerate(self._tokenizer.encode_batch([*map(well_formed, texts)])):
-            ids[row, : len(encoded.ids)] = encoded.ids
-            mask[row, : len(encoded.ids)] = True
-        return Tokens(ids, mask)
+        encoded = self._tokenizer.encode_batch([*map(well_formed, texts)])
+        return padded([line.ids for line in encoded], self.max_len, self.pad_id)
 
     def to_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""

@@ -13,10 +13,8 @@ import string
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from m2jax.config import UserError
-from m2jax.data.text import Tokens, open_model, sentencepiece_fields, well_formed
+from m2jax.data.text import Tokens, open_model, padded, sentencepiece_fields, well_formed
 
 END = "</s>"
 
@@ -55,14 +53,10 @@ class SiglipTokenizer:
 
     def __call__(self, texts: Sequence[str]) -> Tokens:
         """Tokenises texts; the empty one is the end token alone."""
-        ids = np.full((len(texts), self.max_len), self._end, np.int32)
-        mask = np.zeros((len(texts), self.max_len), np.bool_)
         plain = [canonical(well_formed(text), underscore=self.underscore) for text in texts]
-        for row, pieces in enumerate(self._processor.encode(plain)):
-            kept = pieces[: self.max_len - 1]
-            ids[row, : len(kept)] = kept
-            mask[row, : len(kept) + 1] = True
-        return Tokens(ids, mask)
+        encoded = self._processor.encode(plain)
+        lines = [[*pieces[: self.max_len - 1], self._end] for pieces in encoded]
+        return padded(lines, self.max_len, self._end)
 
     def to_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""

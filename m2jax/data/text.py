@@ -26,6 +26,16 @@ class Tokens(NamedTuple):
     mask: Bool[np.ndarray, "batch length"]  # True for tokens, False for padding
 
 
+def padded(lines: Sequence[Sequence[int]], length: int, pad: int) -> Tokens:
+    """Lines of at most ``length`` ids as one batch, each filled up with ``pad``."""
+    ids = np.full((len(lines), length), pad, np.int32)
+    mask = np.zeros((len(lines), length), np.bool_)
+    for row, line in enumerate(lines):
+        ids[row, : len(line)] = line
+        mask[row, : len(line)] = True
+    return Tokens(ids, mask)
+
+
 class Tokenizer(Protocol):
     """Texts to token ids; each kind of ``to_dict`` has its line in ``tokenizer_from_dict``."""
 
@@ -65,13 +75,9 @@ class SentencePieceTokenizer:
 
     def __call__(self, texts: Sequence[str]) -> Tokens:
         """Tokenises texts; any string will do, the empty one included."""
-        ids = np.full((len(texts), self.max_len), PAD, np.int32)
-        mask = np.zeros((len(texts), self.max_len), np.bool_)
-        for row, pieces in enumerate(self._processor.encode([well_formed(t) for t in texts])):
-            line = [CLS, *pieces[: self.max_len - 2], END]
-            ids[row, : len(line)] = line
-            mask[row, : len(line)] = True
-        return Tokens(ids, mask)
+        encoded = self._processor.encode([well_formed(text) for text in texts])
+        lines = [[CLS, *pieces[: self.max_len - 2], END] for pieces in encoded]
+        return padded(lines, self.max_len, PAD)
 
     def to_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""

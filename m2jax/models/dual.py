@@ -223,8 +223,15 @@ class DualEncoder(nnx.Module):
 
 
 def _stack(rngs: nnx.Rngs, cfg: Dual, tower: Tower, *, post_norm: bool) -> Stack:
-    dtype = jnp.dtype(cfg.param_dtype)
-    return Stack(rngs, tower, post_norm=post_norm, dtype=dtype, remat=cfg.remat, unroll=cfg.unroll)
+    return Stack(
+        rngs,
+        tower,
+        post_norm=post_norm,
+        attention=cfg.attention,
+        dtype=jnp.dtype(cfg.param_dtype),
+        remat=cfg.remat,
+        unroll=cfg.unroll,
+    )
 
 
 def _head(rngs: nnx.Rngs, cfg: Dual, width: int, *, bias: bool) -> layers.Linear:

@@ -162,7 +162,7 @@ class Encoder(nnx.Module):
 
             projected = [blocks[way].project(part) for way, part in branches(x, split)]
             q, k, v = (_join(list(parts)) for parts in zip(*projected, strict=True))
-            heads = layers.attention(q, k, v, bias=bias)
+            heads = layers.ATTENTION[self.cfg.attention](q, k, v, bias=bias)
             merged = [blocks[way].merge(part) for way, part in branches(heads, split)]
             x = x + residual(_join(merged), 0)
             fed = [blocks[way].feed_forward(part) for way, part in branches(x, split)]

@@ -24,9 +24,12 @@ ACTIVATIONS = {
 class Block(nnx.Module):
     """The weights of a whole stack of layers; ``__call__`` runs one of them."""
 
-    def __init__(self, rngs: nnx.Rngs, cfg: Tower, *, post_norm: bool, dtype: jnp.dtype):
+    def __init__(
+        self, rngs: nnx.Rngs, cfg: Tower, *, post_norm: bool, attention: str, dtype: jnp.dtype
+    ):
         d, f, stack = cfg.width, cfg.mlp_width, (cfg.layers,)
         self.heads, self.post_norm, self.activation = cfg.heads, post_norm, cfg.activation
+        self.attention = attention
 
         def linear(shape: tuple[int, int], axes: tuple[str, str], gain: float) -> layers.Linear:
             return layers.Linear(
@@ -64,7 +67,7 @@ class Block(nnx.Module):
 
     def _attend(self, projected: list[jax.Array], bias: jax.Array | None) -> jax.Array:
         q, k, v = (y.reshape(*y.shape[:2], self.heads, -1) for y in projected)
-        heads = layers.attention(q, k, v, bias=bias)
+        heads = layers.ATTENTION[self.attention](q, k, v, bias=bias)
         return self.out(heads.reshape(*heads.shape[:2], -1))
 
     def _feed(self, hidden: jax.Array) -> jax.Array:
@@ -78,6 +81,7 @@ class Stack(nnx.Module):
         rngs: source of the initial values.
         cfg: sizes.
         post_norm: norms after the residual sums, as BERT has them, instead of before the branches.
+        attention: a key of ``layers.ATTENTION``.
         dtype: of the parameters.
         remat: what the backward pass recomputes.
         unroll: layers per iteration of the scan.
@@ -89,11 +93,12 @@ class Stack(nnx.Module):
         cfg: Tower,
         *,
         post_norm: bool,
+        attention: str,
         dtype: jnp.dtype,
         remat: str,
         unroll: int,
     ):
-        self.blocks = Block(rngs, cfg, post_norm=post_norm, dtype=dtype)
+        self.blocks = Block(rngs, cfg, post_norm=post_norm, attention=attention, dtype=dtype)
         self.remat, self.unroll = remat, min(unroll, cfg.layers)
 
     def __call__(

@@ -129,6 +129,14 @@ def test_a_missing_part_of_a_parameter_is_told(tmp_path, sharded, monkeypatch):
         ({"config": 5}, "lacks its config or its assets"),
         ({"assets": {"tokenizer": None}}, "lacks tokenizer or preprocess"),
         ({"config": "[" * 200_000}, "not a JSON file"),
+        ({"width": 2**40}, r"model.width=1099511627776: must lie between 1 and 16,777,216"),
+        ({"width": -16}, r"model.width=-16: must lie between 1 and"),
+        ({"vl_layers": 10**9}, "between 1 and 512"),  # would take all memory to list them
+        ({"text_positions": 2**40}, "between 1 and 16,777,216"),
+        ({"image_size": 2**20}, "between 1 and 8,192"),
+        ({"heads": 3}, "model.width=16: not a multiple of .*model.heads=3"),
+        ({"max_text_len": 1023}, "has room for"),
+        ({"name": "gpt"}, "no such architecture"),
         ({"assets": {"tokenizer": {"kind": ["glm"]}, "preprocess": {"size": 16}}}, "unknown"),
         ({"assets": {"tokenizer": 5, "preprocess": {"size": 16}}}, "unknown"),
         ({"assets": {"tokenizer": None, "preprocess": {"size": 10**9}}}, "none of a model of 16"),
@@ -138,6 +146,10 @@ def test_a_hostile_folder_is_one_error(tmp_path, sharded, change, match):
     write(tmp_path / "model", sharded, None)
     file = tmp_path / "model" / "bundle" / "metadata"
     values = json.loads(file.read_text())
+    if change is not None and not set(change) & set(values):  # of the model's own sizes
+        config = json.loads(values["config"])
+        config["model"] |= change
+        change = {"config": json.dumps(config)}
     file.write_text(json.dumps([] if change is None else values | change))
     with pytest.raises(UserError, match=match):
         m2jax.load(tmp_path / "model")

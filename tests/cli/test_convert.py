@@ -120,6 +120,17 @@ def test_names_of_a_hostile_file_are_shown_as_text(tmp_path, capsys):
     error = capsys.readouterr().err
     assert "left over (a\\x1b[31m\\nb)" in error
     assert error.count("\n") == 1
+    assert main(words(release, tmp_path / "model", "--no-check", "--allow-missing", "*")) == 0
+    assert "left out 1: a\\x1b[31m\\nb\n" in capsys.readouterr().out
+
+
+def test_a_damaged_config_is_told_from_none(tmp_path, release, capsys):
+    line = ["convert", "import", str(release[0]), str(tmp_path / "model")]
+    assert main(line) == 2
+    assert "no config file beside the weights" in capsys.readouterr().err
+    (release[0].parent / "config.json").write_text('{"encoder_embed_dim": 16,')
+    assert main(line) == 2
+    assert "config.json: not JSON" in capsys.readouterr().err
 
 
 def test_export_asks_before_it_loads(tmp_path, monkeypatch, capsys):
@@ -137,7 +148,7 @@ def test_export_asks_before_it_loads(tmp_path, monkeypatch, capsys):
         ("preprocessor_config.json", '{"m2jax": {"size": %d, "cut": "x"}}', "none of a model of"),
         ("preprocessor_config.json", '{"m2jax": {"size": %d, "surprise": 1}}', "none of a model"),
         ("m2jax_tokenizer.json", '{"kind": ["glm"]}', "is unknown"),
-        ("m2jax_tokenizer.json", "[" * 200_000, "damaged"),
+        ("m2jax_tokenizer.json", "[" * 200_000, "not JSON"),
         ("m2jax_tokenizer.json", '{"kind": "glm", "model": "", "max_len": 9}', "it is empty"),
         ("m2jax_tokenizer.json", '{"kind": "glm", "model": "", "max_len": 1e12}', "damaged"),
     ],

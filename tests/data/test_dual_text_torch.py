@@ -21,14 +21,7 @@ from m2jax.data.text import train_tokenizer
 from tests.checkpoint.convert import torch_toys
 from tests.models.dual_toys import TOYS
 
-pytest.importorskip("torch", reason="needs PyTorch: make test-torch")
-
-pytestmark = [
-    pytest.mark.torch,
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # third parties' own
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
+pytestmark = pytest.mark.torch
 
 TEXTS = [
     "a photo of a cat",

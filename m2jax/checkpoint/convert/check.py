@@ -3,13 +3,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
+from m2jax.config import UserError
+from m2jax.data.text import Tokenizer, Tokens
+
 LIMIT = 2e-5  # largest absolute difference of features that float32 arithmetic explains
+
+
+TEXTS = ("皮卡丘", "a photo of a cat", "一张猫的照片, in English too", "")
+
+
+def pictures(side: int) -> dict[str, Float[np.ndarray, "side side 3"]]:
+    """Generated pictures, in [0, 1]: what differs along each axis, and what differs everywhere."""
+    ramp = np.linspace(0, 1, side, dtype=np.float32)
+    gradient = np.stack(np.broadcast_arrays(ramp[:, None], ramp[None], 1 - ramp[:, None]), -1)
+    bars = (np.arange(side) // 5 % 2).astype(np.float32)[:, None, None]
+    noise = np.random.default_rng(0).uniform(size=gradient.shape).astype(np.float32)
+    return {"gradient": gradient, "stripes": np.broadcast_to(bars, noise.shape), "noise": noise}
+
+
+def texts(vocab_size: int, length: int, tokenizer: Tokenizer | None) -> Tokens:
+    """Random ids of several lengths, and ``TEXTS`` where there is a tokenizer, to its length."""
+    tokens = None if tokenizer is None else tokenizer(TEXTS)
+    length = length if tokens is None else tokens.ids.shape[1]
+    ids = np.random.default_rng(1).integers(0, vocab_size, (3, length)).astype(np.int32)
+    mask = np.arange(length) < np.array([[length], [max(1, length // 2)], [2]])
+    if tokens is not None:
+        ids, mask = np.concatenate([ids, tokens.ids]), np.concatenate([mask, tokens.mask])
+    return Tokens(ids, mask)
+
+
+@contextlib.contextmanager
+def every_tensor_there() -> Iterator[None]:
+    """Says what to do where the reference asks for a tensor that was allowed to be missing."""
+    try:
+        yield
+    except KeyError as error:
+        raise UserError(
+            f"{error.args[0]}: the check needs it, and it was allowed to be missing: add --no-check"
+        ) from None
 
 
 class Row(NamedTuple):

@@ -15,13 +15,10 @@ from jaxtyping import Bool, Float, Int
 
 from m2jax.checkpoint.convert import check
 from m2jax.checkpoint.convert.dual_reference import Reference
-from m2jax.config import UserError
 from m2jax.config_dual import Dual
 from m2jax.data.text import Tokenizer
 from m2jax.models import params as params_lib
 from m2jax.models.params import Params
-
-TEXTS = ("皮卡丘", "a photo of a cat", "一张猫的照片, in English too", "")
 
 
 class Probes(NamedTuple):
@@ -34,18 +31,9 @@ class Probes(NamedTuple):
 
 def probes(cfg: Dual, tokenizer: Tokenizer | None) -> Probes:
     """Two generated pictures, random ids of several lengths, and a few texts."""
-    rng = np.random.default_rng(0)
-    side = cfg.vision.image_size
-    ramp = np.linspace(0, 1, side, dtype=np.float32)
-    gradient = np.stack(np.broadcast_arrays(ramp[:, None], ramp[None], 1 - ramp[:, None]), -1)
-    noise = rng.uniform(size=gradient.shape).astype(np.float32)
-    tokens = None if tokenizer is None else tokenizer(TEXTS)
-    length = min(cfg.text.positions, 77) if tokens is None else tokens.ids.shape[1]
-    ids = rng.integers(0, cfg.text.vocab_size, (3, length)).astype(np.int32)
-    mask = np.arange(length) < np.array([[length], [max(1, length // 2)], [2]])
-    if tokens is not None:
-        ids, mask = np.concatenate([ids, tokens.ids]), np.concatenate([mask, tokens.mask])
-    return Probes(np.stack([gradient, noise]), ids, mask)
+    made = check.pictures(cfg.vision.image_size)
+    tokens = check.texts(cfg.text.vocab_size, min(cfg.text.positions, 77), tokenizer)
+    return Probes(np.stack([made["gradient"], made["noise"]]), *tokens)
 
 
 def run(
@@ -76,16 +64,12 @@ def run(
         return array.astype(dtype).astype(np.float64)
 
     model = Reference(lambda name: rounded(tensors[name]), cfg, layout)
-    try:
+    with check.every_tensor_there():
         before = {
             "image": model.image(given.pixels),
             "text": model.text(lambda name, i: rounded(tensors[name][i]), given.ids, given.mask),
             "scales": np.insert(model.scales(), 0, 1.0, axis=1),  # a cosine needs a length
         }
-    except KeyError as error:
-        raise UserError(
-            f"{error.args[0]}: the check needs it, and it was allowed to be missing: add --no-check"
-        ) from None
     graph = params_lib.abstract(cfg).graph
     with jax.default_matmul_precision("highest"):
         after = _forward(graph, params, *map(jnp.asarray, given))

@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from m2jax.checkpoint.convert import json_files
 from m2jax.config import UserError
 from m2jax.config_dual import Dual
 from m2jax.data import hf_text
@@ -22,23 +22,6 @@ RESAMPLE: Mapping[int, Resample] = dict(  # by PIL's numbers
     enumerate(("nearest", "lanczos", "bilinear", "bicubic"))
 )
 _STEPS = ("do_resize", "do_rescale", "do_normalize")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty where there is no such file.
-
-    Raises:
-        UserError: it holds no JSON object.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(hf_text.read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({error}): take an undamaged copy") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: holds no JSON object: take an undamaged copy")
-    return value
 
 
 def tokenizer(directory: Path, cfg: Dual, layout: str) -> Made | None:
@@ -63,7 +46,7 @@ def tokenizer(directory: Path, cfg: Dual, layout: str) -> Made | None:
     rules = _rules(directory)
     if rules is None:
         return None
-    settings = read_json(directory / "tokenizer_config.json")
+    settings = json_files.read(directory / "tokenizer_config.json")
     if cfg.family == "chinese-clip":
         pad = hf_text.token_id(rules, "[PAD]", str(directory))
         return hf_text.FastTokenizer(rules, min(CHINESE_LENGTH, length), pad)
@@ -82,7 +65,7 @@ def _rules(directory: Path) -> str | None:
     if (directory / "vocab.json").is_file():
         return hf_text.clip_rules(directory / "vocab.json", directory / "merges.txt")
     if (directory / "vocab.txt").is_file():
-        settings = read_json(directory / "tokenizer_config.json")
+        settings = json_files.read(directory / "tokenizer_config.json")
         return hf_text.bert_rules(
             directory / "vocab.txt", lower=bool(settings.get("do_lower_case", True))
         )
@@ -199,9 +182,4 @@ def write_tokenizer(directory: Path, made: Tokenizer | None) -> None:
         settings["model_max_length"] = made.max_len
     else:
         return
-    write_json(directory / "tokenizer_config.json", settings)
-
-
-def write_json(file: Path, values: Mapping[str, Any]) -> None:
-    """Writes one JSON object."""
-    file.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    json_files.write(directory / "tokenizer_config.json", settings)

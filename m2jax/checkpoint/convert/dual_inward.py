@@ -19,6 +19,7 @@ from m2jax.checkpoint.convert import (
     dual_tensors,
     hf_config,
     inward,
+    json_files,
     open_clip_config,
     place,
 )
@@ -91,7 +92,7 @@ def _describe(tensors: Mapping[str, np.ndarray], arch: str, file: Path) -> Descr
     if any(name.startswith(("vision_model.", "text_model.")) for name in tensors):
         path = named or file.parent / "config.json"
         steps_path = file.parent / "preprocessor_config.json"
-        steps = dual_files.read_json(steps_path)
+        steps = json_files.read(steps_path)
         cfg = hf_config.read(_config(path), steps, str(path))
         told = Described(cfg, "hf", dual_files.hf_preprocess(steps, cfg, str(steps_path)))
     elif cn_clip.is_ours(shapes):
@@ -116,7 +117,7 @@ def _config(path: Path) -> dict[str, Any]:
             f"{path}: no such file, and the weights alone do not tell the model: copy it there, or "
             "name it with --arch FILE.json"
         )
-    return dual_files.read_json(path)
+    return json_files.read(path)
 
 
 def _tokenizer(

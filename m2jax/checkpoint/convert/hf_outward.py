@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from m2jax.checkpoint.convert import dual_files, dual_tensors, hf_config, outward
+from m2jax.checkpoint.convert import dual_files, dual_tensors, hf_config, json_files, outward
 from m2jax.config import UserError
 from m2jax.config_dual import Dual
 
@@ -32,10 +32,10 @@ def write(directory: Path, model: outward.Model) -> None:
     cfg = model.config
     if not isinstance(cfg, Dual):
         raise UserError("--format hf: holds CLIP, SigLIP and Chinese-CLIP alone: use m2-torch")
-    dual_files.write_json(directory / "config.json", hf_config.write(cfg))
+    json_files.write(directory / "config.json", hf_config.write(cfg))
     dual_tensors.write(directory / WEIGHTS, model.params, cfg, "hf")
     steps = dual_files.hf_preprocess_config(model.preprocessing, cfg)
-    dual_files.write_json(directory / "preprocessor_config.json", steps)
+    json_files.write(directory / "preprocessor_config.json", steps)
     dual_files.write_tokenizer(directory, model.tokenizer)
     card = _CARD.format(
         family=cfg.family,

@@ -8,7 +8,6 @@ bytes to the folder, is the same for all.
 from __future__ import annotations
 
 import importlib
-import json
 import math
 import os
 import types
@@ -25,7 +24,7 @@ from m2jax import architectures, config_dual
 from m2jax import config as config_lib
 from m2jax.checkpoint import folder
 from m2jax.checkpoint.convert import check as check_lib
-from m2jax.checkpoint.convert import hf_config, open_clip_config, weights
+from m2jax.checkpoint.convert import hf_config, json_files, open_clip_config, weights
 from m2jax.config import UserError
 from m2jax.config_dual import Architecture
 from m2jax.data.image import Preprocess
@@ -152,20 +151,14 @@ def detect(directory: Path) -> str | None:
 
     Returns:
         ``None`` where the folder is no model that ``convert`` knows.
+
+    Raises:
+        UserError: a config file is damaged.
     """
-    values = _json(directory / "config.json")
+    values = json_files.read(directory / "config.json")
     if "encoder_embed_dim" in values:
         return str(directory / "config.json")
-    return _family_of(values) or _family_of(_json(directory / "open_clip_config.json"))
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty where there is none."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return values if isinstance(values, dict) else {}
+    return _family_of(values) or _family_of(json_files.read(directory / "open_clip_config.json"))
 
 
 def _family_of(values: Mapping[str, Any]) -> str | None:
@@ -222,7 +215,7 @@ def narrowest(tensors: Mapping[str, np.ndarray], where: str) -> str:
 def _family(arch: str) -> str:
     """The module that reads an architecture."""
     if arch.endswith(".json"):
-        return FAMILIES[_family_of(_json(Path(arch))) or "m2-encoder"]
+        return FAMILIES[_family_of(json_files.read(Path(arch))) or "m2-encoder"]
     for name, module in FAMILIES.items():
         if arch == name or arch.startswith(f"{name}-"):
             return module

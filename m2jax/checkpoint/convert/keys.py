@@ -51,7 +51,8 @@ def same_function(a: Dual, b: Dual) -> bool:
 
     def plain(cfg: Dual) -> Dual:
         eos = cfg.text.eos_id if cfg.text.pooling == "eos" else 0
-        fields = {key: getattr(Dual(), key) for key in ("dtype", "param_dtype", "remat", "unroll")}
+        execution = ("dtype", "param_dtype", "attention", "remat", "unroll")  # how, not what
+        fields = {key: getattr(Dual(), key) for key in execution}
         return replace(cfg, text=replace(cfg.text, eos_id=eos), **fields)
 
     return plain(a) == plain(b)

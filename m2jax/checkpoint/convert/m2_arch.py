@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 from m2jax import architectures
 from m2jax import config as config_lib
 from m2jax.config import UserError
-from m2jax.config_dual import MOST, MOST_LAYERS, MOST_PIXELS
 
 _SIZES: Mapping[str, str] = types.MappingProxyType(  # official key -> field of config.Model
     {
@@ -32,14 +31,7 @@ _SIZES: Mapping[str, str] = types.MappingProxyType(  # official key -> field of 
         "max_text_len": "max_text_len",
     }
 )
-_MOST = types.MappingProxyType(  # a config from outside must not ask for endless work
-    {
-        "encoder_layers": MOST_LAYERS,
-        "beit3_vl_layers": MOST_LAYERS,
-        "image_size": MOST_PIXELS,
-        "max_text_len": 1022,  # the release's position table has 1024 rows, two of them unused
-    }
-)
+MAX_TEXT_LEN = 1022  # the release's position table has 1024 rows, two of them unused
 _HEADS = types.MappingProxyType({"base": 12, "large": 16, "huge": 32})  # by beit_version
 _NAMES = types.MappingProxyType({"0.4b": "base", "1b": "large", "10b": "huge"})
 
@@ -120,7 +112,7 @@ def from_official(values: Mapping[str, Any], where: str) -> Architecture:
     without_effect = []
     for key, value in values.items():
         if key in _SIZES:
-            most = _MOST.get(key, MOST)
+            most = MAX_TEXT_LEN if key == "max_text_len" else architectures.LIMITS[_SIZES[key]]
             if type(value) is not int or not 0 < value <= most:
                 raise UserError(
                     f"{where}: {key} is {value!r}: give a whole number above 0, at most {most:,}"

@@ -7,6 +7,7 @@ transposed matrix or swapped copies show wherever they are.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -14,21 +15,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Bool, Float, Int
 
 from m2jax import config as config_lib
-from m2jax.checkpoint.convert import check
+from m2jax.checkpoint.convert import check, layerwise
 from m2jax.checkpoint.convert.m2_reference import Reference, Sizes
-from m2jax.config import UserError
 from m2jax.data.text import Tokenizer
 from m2jax.models import params as params_lib
 from m2jax.models.multiway import ALL_B
 from m2jax.models.params import Params
 
-TEXTS = ("皮卡丘", "a photo of a cat", "一张猫的照片, in English too", "")
 SCALES = ("logit_scale", "logit_vl_scale")
-PICTURES = ("gradient", "stripes", "noise")
 
 Features = dict[str, np.ndarray]
 
@@ -44,22 +41,10 @@ class Probes(NamedTuple):
 
 def probes(cfg: config_lib.Model, tokenizer: Tokenizer | None) -> Probes:
     """The built-in set: three generated pictures, random ids of several lengths, a few texts."""
-    rng = np.random.default_rng(0)
-    side, length = cfg.image_size, cfg.max_text_len
-    ramp = np.linspace(0, 1, side, dtype=np.float32)
-    gradient = np.stack(np.broadcast_arrays(ramp[:, None], ramp[None], 1 - ramp[:, None]), -1)
-    stripes = np.broadcast_to(
-        (np.arange(side) // 5 % 2).astype(np.float32)[:, None, None], gradient.shape
-    )
-    noise = rng.uniform(size=gradient.shape).astype(np.float32)
-    masked = rng.uniform(size=(len(PICTURES), (side // cfg.patch_size) ** 2)) < 0.3
-    ids = rng.integers(0, cfg.vocab_size, (3, length)).astype(np.int32)
-    mask = np.arange(length) < np.array([[length], [max(1, length // 2)], [2]])
-    if tokenizer is not None:
-        tokens = tokenizer(TEXTS)
-        ids = np.concatenate([ids, tokens.ids])
-        mask = np.concatenate([mask, tokens.mask])
-    return Probes(np.stack([gradient, stripes, noise]), masked, ids, mask)
+    pixels = np.stack([*check.pictures(cfg.image_size).values()])
+    patches = (len(pixels), (cfg.image_size // cfg.patch_size) ** 2)
+    masked = np.random.default_rng(0).uniform(size=patches) < 0.3
+    return Probes(pixels, masked, *check.texts(cfg.vocab_size, cfg.max_text_len, tokenizer))
 
 
 def run(
@@ -139,49 +124,31 @@ def _existing(rows: Mapping[str, Callable[[], np.ndarray]]) -> Features:
     """The features whose tensors are there; those a user sees must be."""
     found = {}
     for name, compute in rows.items():
-        try:
+        with contextlib.suppress(KeyError) if "unused" in name else check.every_tensor_there():
             found[name] = compute()
-        except KeyError as error:
-            if "unused" not in name:
-                raise UserError(
-                    f"{error.args[0]}: the check needs it, and it was allowed to be missing: "
-                    "add --no-check"
-                ) from None
     return found
 
 
 def _ours(cfg: config_lib.Model, params: Params, given: Probes) -> Features:
-    """The features of the imported parameters, in float32."""
-    graph = params_lib.abstract(cfg).graph
+    """The features of the imported parameters, in float32, one layer in memory at a time."""
+    pixels, masked, ids, mask = map(jnp.asarray, given)
     with jax.default_matmul_precision("highest"):
-        features = _forward(graph, params, *map(jnp.asarray, given))
+        model = layerwise.bind(params_lib.abstract(cfg).graph, params)
+        image, text = model.encode_image(pixels), model.encode_text(ids, mask)
+        vl_b = model.vl(text.backbone.tokens, split=ALL_B, token_mask=mask).tokens[:, 0]
+        head = model.text_vl_head(vl_b)
+        first = model.norm(text.backbone.tokens[:, 0])
+        features = {
+            "image": image.features,
+            "image, backbone head": image.backbone_features,
+            "text": text.features,
+            "text, backbone head": text.backbone_features,
+            "image, some patches masked": model.encode_image(
+                pixels, masked=masked
+            ).backbone_features,
+            "text, through the unused vl weights": head
+            / jnp.linalg.norm(head, axis=-1, keepdims=True),
+            "text, through the unused pooler": jnp.tanh(model.pooler(first)),
+            "scales": jnp.stack([model.logit_scale[...], model.logit_vl_scale[...]])[None],
+        }
     return jax.tree.map(np.asarray, features)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _forward(
-    graph: nnx.GraphDef,
-    params: Params,
-    pixels: jax.Array,
-    patches: jax.Array,
-    ids: jax.Array,
-    mask: jax.Array,
-) -> dict[str, jax.Array]:
-    model = params_lib.bind(graph, params)
-    image = model.encode_image(pixels)
-    masked = model.encode_image(pixels, masked=patches)
-    text = model.encode_text(ids, mask)
-    vl_b = model.vl(text.backbone.tokens, split=ALL_B, token_mask=mask).tokens[:, 0]
-    head = model.text_vl_head(vl_b)
-    return {
-        "image": image.features,
-        "image, backbone head": image.backbone_features,
-        "text": text.features,
-        "text, backbone head": text.backbone_features,
-        "image, some patches masked": masked.backbone_features,
-        "text, through the unused vl weights": head / jnp.linalg.norm(head, axis=-1, keepdims=True),
-        "text, through the unused pooler": jnp.tanh(
-            model.pooler(model.norm(text.backbone.tokens[:, 0]))
-        ),
-        "scales": jnp.stack([model.logit_scale[...], model.logit_vl_scale[...]])[None],
-    }

@@ -5,14 +5,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from m2jax import config as config_lib
-from m2jax.checkpoint.convert import inward, m2_arch, m2_check, m2_layout, place
+from m2jax.checkpoint.convert import (
+    inward,
+    json_files,
+    m2_arch,
+    m2_check,
+    m2_layout,
+    place,
+)
 from m2jax.checkpoint.convert.m2_names import slots
 from m2jax.config import UserError
 from m2jax.data import glm
@@ -69,10 +75,7 @@ def _tokenizer(request: inward.Request, cfg: config_lib.Model) -> Tokenizer | No
     directory = request.tokenizer or request.weights.file.parent
     own = directory / TOKENIZER
     if own.is_file():
-        try:
-            tokenizer = tokenizer_from_dict(json.loads(own.read_text(encoding="utf-8")))
-        except (ValueError, RecursionError):
-            raise UserError(f"{own}: damaged: export the model again") from None
+        tokenizer = tokenizer_from_dict(json_files.read(own))
     elif request.tokenizer is None and not (directory / glm.FILE).is_file():
         return None
     else:
@@ -87,11 +90,10 @@ def _tokenizer(request: inward.Request, cfg: config_lib.Model) -> Tokenizer | No
 
 def _preprocess(directory: Path, cfg: config_lib.Model) -> Preprocess:
     """The release's, or what our export wrote beside the weights."""
-    try:
-        saved = json.loads((directory / PREPROCESS).read_text(encoding="utf-8"))["m2jax"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    saved = json_files.read(directory / PREPROCESS)
+    if "m2jax" not in saved:
         return Preprocess(cfg.image_size)
-    return Preprocess.from_dict(saved, cfg.image_size)
+    return Preprocess.from_dict(saved["m2jax"], cfg.image_size)
 
 
 def _notes(

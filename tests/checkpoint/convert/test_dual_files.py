@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from m2jax.checkpoint.convert import dual_files
+from m2jax.checkpoint.convert import dual_files, json_files
 from m2jax.config import UserError
 from m2jax.data.image import Preprocess
 from m2jax.data.siglip_text import SiglipTokenizer
@@ -101,5 +101,5 @@ def test_a_model_without_a_tokenizer_writes_no_file(tmp_path):
 def test_damaged_json_names_the_file(tmp_path, text):
     (tmp_path / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(UserError, match=r"config\.json"):
-        dual_files.read_json(tmp_path / "config.json")
-    assert dual_files.read_json(tmp_path / "absent.json") == {}
+        json_files.read(tmp_path / "config.json")
+    assert json_files.read(tmp_path / "absent.json") == {}

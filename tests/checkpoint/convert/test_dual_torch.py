@@ -13,18 +13,10 @@ from m2jax.checkpoint.convert.check import LIMIT
 from m2jax.checkpoint.convert.dual_reference import Reference
 from m2jax.models import params as params_lib
 from tests.checkpoint.convert import torch_toys
+from tests.checkpoint.convert.torch_toys import END
 from tests.models.dual_toys import placed
 
-pytest.importorskip("torch", reason="needs PyTorch: make test-torch")
-
-pytestmark = [
-    pytest.mark.torch,
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # third parties' own
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
-
-END = 89  # the largest id of the toys
+pytestmark = pytest.mark.torch
 
 HF = {
     "clip": ("clip", {"text": {"eos_token_id": 2}}),  # argmax

@@ -12,17 +12,9 @@ from m2jax.checkpoint.convert.check import LIMIT
 from m2jax.cli.main import main
 from m2jax.config_dual import FAMILIES
 from tests.checkpoint.convert import torch_toys
+from tests.checkpoint.convert.torch_toys import END
 
-pytest.importorskip("torch", reason="needs PyTorch: make test-torch")
-
-pytestmark = [
-    pytest.mark.torch,
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # third parties' own
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
-
-END = 89  # the largest id of the toys
+pytestmark = pytest.mark.torch
 
 
 def apart(bundle, wanted, probes):

@@ -134,8 +134,30 @@ def test_code_in_a_pickle_is_refused_by_name(tmp_path, protocol):
     torch_files.save(file, content, protocol=protocol)
     refused(file, r"asks for (posix|nt|os)\.mkdir, which is no tensor")
     assert not trap.exists()
-    torch_files.save(file, {"hparams": argparse.Namespace(a=1)}, protocol=protocol)
-    refused(file, r"asks for argparse\.Namespace")
+    torch_files.save(file, {"hparams": argparse.Namespace(a=Touch(trap))}, protocol=protocol)
+    refused(file, r"asks for (posix|nt|os)\.mkdir")
+    torch_files.save(file, {"parser": argparse.ArgumentParser}, protocol=protocol)
+    refused(file, r"asks for argparse\.ArgumentParser")
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_hyper_parameters_beside_the_weights_are_passed_over(tmp_path, protocol):
+    """Lightning saves them as objects of argparse's and of its own."""
+    inner = argparse.Namespace(lr=0.1, layers=[1, 2], deep=argparse.Namespace(a=None))
+    content = {"hyper_parameters": {"config": inner}, "state_dict": {"w": whole(BASE)}}
+    torch_files.save(tmp_path / "m.ckpt", content, protocol=protocol)
+    read = weights.read(tmp_path / "m.ckpt").content
+    np.testing.assert_array_equal(read["state_dict"]["w"], BASE)
+    stands = read["hyper_parameters"]["config"]
+    assert not isinstance(stands, argparse.Namespace)
+    assert not hasattr(stands, "lr")
+
+
+def test_lightnings_own_mapping_is_passed_over(tmp_path):
+    made = b"cpytorch_lightning.utilities.parsing\nAttributeDict\n)\x81(U\x02lrK\x01u"
+    torch_files.write(tmp_path / "m.ckpt", program(b"}U\x01h", made, b"s"))
+    assert list(weights.read(tmp_path / "m.ckpt").content) == ["h"]
 
 
 def program(*parts):
@@ -144,6 +166,7 @@ def program(*parts):
 
 
 REBUILD = b"ctorch._utils\n_rebuild_tensor_v2\n"
+PLAIN = b"cargparse\nNamespace\n"
 NAMES, FLOATS = b"ccollections\nOrderedDict\n", b"ctorch\nFloatStorage\n"
 STORED = b"(U\x07storage" + FLOATS + b"U\x010U\x03cpuK\x18tQ"  # all of BASE
 
@@ -160,6 +183,12 @@ STORED = b"(U\x07storage" + FLOATS + b"U\x010U\x03cpuK\x18tQ"  # all of BASE
         (program(REBUILD, b"N}U\x08__call__Ns\x86b"), "damaged"),
         (program(REBUILD, b"N}U\x07_mappedNs\x86b"), "damaged"),
         (program(b"ccollections\nOrderedDict\n", b"N}U\x04keysNs\x86b"), "damaged"),
+        (program(PLAIN, b"}U\x01aNsb"), "damaged"),  # sets attributes of what stands for a class
+        (program(PLAIN, b"N}U\x0c__setstate__Ns\x86b"), "damaged"),
+        (program(PLAIN, b"}K\x01\x85R"), "damaged"),
+        (program(PLAIN, b"(K\x01tR"), "damaged"),
+        (program(b"cargparse\nNamespace.__class__\n"), "Namespace.__class__"),
+        (program(b"}", PLAIN, b")\x81Ns"), "a key is neither"),
         (program(REBUILD, b"(NK\x00K\x01K\x01tR"), "damaged"),
         (program(b"U\x01xQ"), "damaged"),
         (program(b"(U\x07storageNU\x010U\x03cpuK\x01tQ"), "no storage"),

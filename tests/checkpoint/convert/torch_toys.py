@@ -17,6 +17,7 @@ TOWER = {
 VISION = TOWER | {"image_size": 30, "patch_size": 8}  # 30 is no multiple of 8: the rest is unseen
 TEXT = TOWER | {"vocab_size": 90, "max_position_embeddings": 12}
 BATCH, LENGTH, PAD = 4, 12, 0
+END = TEXT["vocab_size"] - 1  # the largest id of the toys
 
 _OPERATORS = []  # what is defined lives as long as this
 
