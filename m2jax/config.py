@@ -43,7 +43,7 @@ class Model:
     vocab_size: int = 0  # rows of the token table as checkpoints see it
     max_text_len: int = 0  # tokens, [CLS] and end included
     text_positions: int = 1024  # rows of the text position table
-    init: str = "torch"  # torch (the release's, spec section 8) | scaled (for training small models)
+    init: str = "torch"  # torch (the release's, spec section 8) | scaled (small models)
     dtype: str = "bfloat16"  # of activations; normalisation, softmax and losses are >= float32
     param_dtype: str = "float32"
     drop_path: float = 0.0  # share of residual branches dropped in training, rising with depth

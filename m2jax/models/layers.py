@@ -20,9 +20,7 @@ Stack = tuple[int, ...]
 Init = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
 
 LAYER_NORM_EPS = 1e-5
-LOOP_BYTES = (
-    2**19
-)  # of one sample's attention scores; with fewer, a loop over samples gains nothing
+LOOP_BYTES = 2**19  # of a sample's attention scores; with fewer, a loop over samples gains nothing
 
 
 def param(rngs: nnx.Rngs, init: Init, shape: tuple[int, ...], axes: tuple[str | None, ...], dtype):
