@@ -28,6 +28,18 @@ class UserError(Exception):
     """Bad input. The message is one line: what is wrong, where, how to mend it (exit code 2)."""
 
 
+# Policies of ``model.remat``, and what the backward pass recomputes under each.
+REMAT: Mapping[str, str] = types.MappingProxyType(
+    {
+        "none": "nothing",
+        "products": "what is no matrix product with a weight, and the down projection",
+        "attention": "the same, and the up projection of the feed-forward",
+        "dots": "what is no matrix product with a weight",
+        "full": "all of a layer but its input",
+    }
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Model:
     """An M2-Encoder. Sizes left at 0 are those of the architecture called ``name``."""
@@ -48,7 +60,8 @@ class Model:
     param_dtype: str = "float32"
     drop_path: float = 0.0  # share of residual branches dropped in training, rising with depth
     patch_drop: float = 0.0  # share of image patches dropped in training (FLIP)
-    remat: str = "none"  # none | full | dots: what the backward pass recomputes
+    remat: str = "none"  # what the backward pass recomputes: a key of REMAT
+    fused_qkv: bool = True  # one product for queries, keys and values; three split over devices
     unroll: int = 1  # layers per iteration of the scan; >= the depth unrolls it
 
 
@@ -338,7 +351,7 @@ _CHOICES: Mapping[tuple[type, str], tuple[str, ...]] = types.MappingProxyType(
         (Model, "init"): ("torch", "scaled"),
         (Model, "dtype"): ("bfloat16", "float32", "float64"),
         (Model, "param_dtype"): ("bfloat16", "float16", "float32", "float64"),
-        (Model, "remat"): ("none", "full", "dots"),
+        (Model, "remat"): tuple(REMAT),
         (Optim, "name"): ("adamw", "adafactor", "lion", "muon"),
         (Optim, "schedule"): ("cosine", "linear", "constant"),
         (Contrastive, "impl"): ("dense",),
