@@ -98,7 +98,7 @@ class _Player:
     def _collective(self, instruction: hlo.Instruction) -> Collective | None:
         """The collective an instruction is or starts, also where a fusion or call wraps it."""
         found = self.collectives.get(instruction.name)
-        if found or instruction.opcode not in ("fusion", "async-start"):
+        if found or instruction.opcode not in ("fusion", "async-start", "call-start"):
             return found
         for _, name in instruction.called:
             for inner in self.module.computations[name].instructions.values():
