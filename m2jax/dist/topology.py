@@ -9,7 +9,6 @@ plugin is installed. Memory, arithmetic and link rates are the vendors' publishe
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 
 from m2jax.config import UserError
 from m2jax.dist import gpu_target
+from m2jax.dist.host import expect_no_tpu
 
 GIB = 2**30
 
@@ -128,18 +128,6 @@ def _tpu(name: str, chip: Chip, shape: str, slices: int) -> tuple[Any, ...]:
         raise UserError(
             f"--topology {name}: libtpu refuses it ({reason}): use one of {KNOWN}"
         ) from None
-
-
-def expect_no_tpu() -> None:
-    """Tells libtpu, which is about to be loaded, to compile only.
-
-    Without these it asks a metadata server which TPU it is on and complains on the terminal; the
-    last lets it load while another process compiles too, since no device is opened.
-    """
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 
 def _gpu(name: str, chip: Chip, hosts: int, each: int) -> tuple[Any, ...]:

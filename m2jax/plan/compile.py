@@ -134,7 +134,11 @@ def _product(shape: tuple[int, ...]) -> int:
 
 
 def _memory(analysis: Any, parts: dict[str, int]) -> Memory:
-    """What the program holds at once: arguments, results that reuse none, temporaries and code."""
+    """What the program holds at once: arguments, results that reuse none, temporaries and code.
+
+    The heap of temporaries counts with its gaps, up to a third of it, which libtpu's own check
+    (``peak_memory_in_bytes`` against the chip) leaves out: what fits here fits there.
+    """
     arguments = analysis.argument_size_in_bytes
     results = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     temporaries = analysis.temp_size_in_bytes + analysis.generated_code_size_in_bytes
@@ -147,4 +151,5 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "": 1}
 def out_of_memory(message: str) -> int | None:
     """Bytes a refused program wanted, from the compiler's message; ``None`` if that says other."""
     found = re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", message)
+    found = found or re.search(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM", message)
     return int(float(found[1]) * _UNITS[found[2]]) if found else None

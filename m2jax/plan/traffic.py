@@ -44,7 +44,7 @@ def _fusion(inner: Computation, computation: Computation, instruction: Instructi
             continue
         source = computation.instructions.get(instruction.operands[int(one.arguments)])
         using = users.get(one.name, [])
-        if using and all(user.opcode in ("dynamic-slice", "gather") for user in using):
+        if using and all(_slices(user, one) for user in using):
             total += sum(user.bytes for user in using)
         elif source is not None and not _only_updated(one, using):
             total += source.main_bytes
@@ -56,6 +56,11 @@ def _fusion(inner: Computation, computation: Computation, instruction: Instructi
         elif not array.on_chip:
             total += array.bytes
     return total
+
+
+def _slices(user: Instruction, parameter: Instruction) -> bool:
+    """Whether an instruction reads a part of this operand (which is not its index)."""
+    return user.opcode in ("dynamic-slice", "gather") and user.operands[0] == parameter.name
 
 
 def _only_updated(parameter: Instruction, using: list[Instruction]) -> bool:

@@ -117,7 +117,7 @@ ENTRY %main (a: f32[100,64], k: s32[]) -> f32[100,64] {
     module = hlo.parse(text)
     main = module.computations["main"]
     moved = {n: traffic.moved(module, main, i) for n, i in main.instructions.items()}
-    assert moved["read"] == 256 + 4 + 256 - 0
+    assert moved["read"] == 256 + 4 + 256
     assert moved["written"] == 256 + 4 + 256
     assert moved["row"] == 0
 
