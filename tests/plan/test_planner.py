@@ -69,8 +69,8 @@ def test_a_plan_of_a_tpu_slice(made: planner.Plan, tmp_path: Path) -> None:
     assert 0.95 < made.checks.compiled_to_traced < 1.05
     assert 1.0 <= made.checks.traced_to_sizes < 1.1
     assert 0 < made.mfu <= made.mfu_compute_only < 0.75
-    # Two sharded moments beside the parameters: nothing of the optimiser is replicated.
-    assert made.memory.optimizer == pytest.approx(2 * made.memory.parameters, rel=0.1)
+    # Two moments lie as their parameters do (frozen ones have none): nothing is replicated.
+    assert 1.5 * made.memory.parameters < made.memory.optimizer < 2 * made.memory.parameters
     axes = {(one.kind, one.axis) for one in made.collectives}
     assert ("all-gather", "fsdp") in axes  # weights, layer by layer
     assert ("all-reduce", "data") in axes or ("all-reduce", "data+fsdp") in axes  # gradients
