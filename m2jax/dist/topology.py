@@ -100,12 +100,12 @@ def describe(name: str) -> Topology:
     if not match or match[2] not in CHIPS:
         raise UserError(f"--topology {name}: no such machine: use one of {KNOWN}")
     chip, slices = CHIPS[match[2]], int(match[1] or 1)
-    shape = tuple(int(size) for size in match[3].split("x"))
+    shape = [int(size) for size in match[3].split("x")]
     if chip.platform == "tpu":
         return Topology(name, chip, _tpu(name, chip, match[3], slices), slices, 4)
     if match[1] or len(shape) > 2 or min(shape) < 1:
         raise UserError(f"--topology {name}: GPUs come as {chip.kind}:HOSTSxGPUS: write h100:32x8")
-    hosts, each = shape if len(shape) == 2 else (1, shape[0])
+    hosts, each = (1, *shape)[-2:]
     return Topology(name, chip, _gpu(name, chip, hosts, each), 1, each)
 
 

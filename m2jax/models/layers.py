@@ -117,12 +117,12 @@ def normed(
     products = [_joined(part) for part in ([linears] if fused else [(one,) for one in linears])]
 
     def apply(x: jax.Array) -> list[jax.Array]:
+        wide = jnp.promote_types(x.dtype, scale.dtype)  # half-precision weights lose no bit here
+        g, b = scale.astype(wide), shift.astype(wide)
+        folded = [(g[:, None] * kernel.astype(wide)).astype(x.dtype) for kernel, _, _ in products]
         h, results = standardise(x, norm.eps), []
-        for kernel, bias, cuts in products:
-            # Half-precision weights lose no bit here.
-            wide = jnp.promote_types(x.dtype, kernel.dtype)
-            g, b, w, c = (array.astype(wide) for array in (scale, shift, kernel, bias))
-            y = h @ (g[:, None] * w).astype(x.dtype) + (b @ w + c).astype(x.dtype)
+        for weight, (kernel, bias, cuts) in zip(folded, products, strict=True):
+            y = h @ weight + (b @ kernel.astype(wide) + bias.astype(wide)).astype(x.dtype)
             results += jnp.split(y, cuts, axis=-1)
         return results
 

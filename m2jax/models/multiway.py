@@ -92,7 +92,8 @@ class Block(nnx.Module):
     def feed_forward(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
         """fc2(LN(gelu(fc1(LN(x))))), the exact (erf) GELU."""
         h = checkpoint_name(layers.normed(self.ffn_norm, self.fc1)(x)[0], "ffn_in")
-        return layers.normed(self.mlp_norm, self.fc2)(layers.gelu(h))[0]
+        h = layers.gelu(h)
+        return layers.normed(self.mlp_norm, self.fc2)(h)[0]
 
 
 class Encoder(nnx.Module):

@@ -193,8 +193,8 @@ class _Places:
         starts = np.cumsum([0] + [len(group) for group in groups[:-1]])
         spread = np.maximum.reduceat(coordinates, starts, axis=1)
         spread = spread - np.minimum.reduceat(coordinates, starts, axis=1)
-        varying = (spread > 0).any(axis=1)
-        return "+".join(a for a, varies in zip(self.axes, varying, strict=True) if varies) or "none"
+        widest = [int(along.max()) for along in spread]
+        return "+".join(a for a, wide in zip(self.axes, widest, strict=True) if wide) or "none"
 
     def rate(self, groups: Groups, kind: str) -> float:
         """Bytes/s one device can send at: over every link of the torus dimensions a group spans.

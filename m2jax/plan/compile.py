@@ -86,7 +86,7 @@ def compile_step(experiment: Experiment, topology: Topology) -> Compiled:
             "",
         )
     else:
-        memory, text = _memory(compiled.memory_analysis(), parts), compiled.as_text()
+        memory, text = _memory(compiled.memory_analysis(), parts), compiled.as_text() or ""
     return Compiled(
         mesh=mesh,
         memory=memory,
