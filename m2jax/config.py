@@ -359,6 +359,11 @@ _CHOICES: Mapping[tuple[type, str], tuple[str, ...]] = types.MappingProxyType(
 )
 
 
+def choices(cls: type, key: str) -> tuple[str, ...]:
+    """Values that the field ``key`` of a config dataclass may take; none where any may."""
+    return _CHOICES.get((cls, key), ())
+
+
 def from_mapping(cls: type, values: Any, where: str) -> Any:
     """Builds a config dataclass from nested mappings, refusing what does not fit.
 
@@ -386,7 +391,7 @@ def _value(cls: type, key: str, hint: Any, value: Any, where: str) -> Any:
         value = float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise UserError(f"{where}={value!r}: not of type {kind.__name__}: mend the config")
-    choices = _CHOICES.get((cls, key))
-    if choices and value not in choices:
-        raise UserError(f"{where}={value!r}: no such choice: use one of {', '.join(choices)}")
+    allowed = choices(cls, key)
+    if allowed and value not in allowed:
+        raise UserError(f"{where}={value!r}: no such choice: use one of {', '.join(allowed)}")
     return value

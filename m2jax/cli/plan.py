@@ -67,7 +67,10 @@ def run(args: argparse.Namespace) -> int:
         fitting = [one for one in plans if one.fits]
         answer = max(fitting, key=lambda one: one.batch_size) if fitting else plans[-1]
     else:
-        plans = [planner.plan(each, args.topology) for each in (experiment, *columns)]
+        plans = [
+            planner.plan(each, args.topology, contrastive=not columns)
+            for each in (experiment, *columns)
+        ]
         titles = ["as configured", *args.compare]
         answer = plans[0]
     print(report.table(plans, titles))

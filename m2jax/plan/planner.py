@@ -10,9 +10,10 @@ from m2jax.config import Experiment, UserError
 from m2jax.dist.sharding import BATCH_AXES
 from m2jax.dist.topology import Topology, describe
 from m2jax.plan import collectives as collectives_lib
-from m2jax.plan import flops, hlo, schedule, traffic
+from m2jax.plan import contrast, flops, hlo, schedule, traffic
 from m2jax.plan.collectives import Collective
 from m2jax.plan.compile import Compiled, Memory, compile_step
+from m2jax.plan.contrast import Cost
 from m2jax.plan.schedule import Times
 
 
@@ -37,6 +38,7 @@ class Plan:
     model_flops: float = 0.0  # what the model needs
     memory_bytes: float = 0.0  # moved to and from main memory
     collectives: tuple[Collective, ...] = ()
+    contrastive: tuple[Cost, ...] = ()  # each form of the loss, compiled alone, where asked for
     times: Times | None = None  # None where the step does not fit
     checks: Checks | None = None
 
@@ -69,12 +71,13 @@ class Plan:
         return self.model_flops / (self.topology.chip.peak_flops * seconds)
 
 
-def plan(experiment: Experiment, topology: str | Topology) -> Plan:
+def plan(experiment: Experiment, topology: str | Topology, *, contrastive: bool = False) -> Plan:
     """Compiles the training step of an experiment for a machine and accounts for it.
 
     Args:
         experiment: the run.
         topology: a name as ``dist.topology.describe`` takes it, or what that returned.
+        contrastive: also compile every form of the contrastive loss alone.
 
     Raises:
         UserError: no such machine, or a mesh or batch that does not fit its devices.
@@ -91,6 +94,9 @@ def plan(experiment: Experiment, topology: str | Topology) -> Plan:
         memory=compiled.memory,
         compile_seconds=compiled.seconds,
         model_flops=compiled.model_flops / len(machine.devices),
+        contrastive=tuple(contrast.costs(experiment, machine, compiled.mesh))
+        if contrastive
+        else (),
     )
     return _account(result, compiled) if compiled.text else result
 
@@ -237,5 +243,6 @@ def as_json(one: Plan) -> dict[str, Any]:
         "mfu": one.mfu if one.times else None,
         "mfu_compute_only": one.mfu_compute_only if one.times else None,
         "checks": one.checks._asdict() if one.checks else None,
+        "contrastive": [cost._asdict() for cost in one.contrastive],
         "compile_seconds": one.compile_seconds,
     }

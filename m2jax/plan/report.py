@@ -44,7 +44,22 @@ def table(plans: Sequence[Plan], titles: Sequence[str]) -> str:
             f"The clock of {chip.kind} is assumed ({chip.clock / 1e9:.2f} GHz): its seconds "
             "compare programs, no more."
         )
-    return "\n".join([*(line.rstrip() for line in lines), "", *notes])
+    losses = [line for plan in plans[:1] for line in _losses(plan)]
+    return "\n".join([*(line.rstrip() for line in lines), *losses, "", *notes])
+
+
+def _losses(plan: Plan) -> list[str]:
+    """Each form of the contrastive loss, alone."""
+    if not plan.contrastive:
+        return []
+    lines = ["", "contrastive loss alone, forward and backward, MiB per chip:"]
+    for cost in plan.contrastive:
+        if cost.temporaries is None:
+            lines.append(f"  {cost.impl:<13} {cost.note}")
+            continue
+        held, sent = cost.temporaries / 2**20, cost.sent / 2**20
+        lines.append(f"  {cost.impl:<13} {held:10,.1f} temporaries {sent:10,.1f} sent")
+    return lines
 
 
 def _rows(plans: Sequence[Plan]) -> list[tuple[str, list[str]]]:

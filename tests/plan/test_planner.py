@@ -14,9 +14,10 @@ import pytest
 from m2jax import config
 from m2jax.cli.main import main as command
 from m2jax.config import UserError
+from m2jax.dist.mesh import make_mesh
 from m2jax.dist.topology import CHIPS, describe
 from m2jax.plan import compile as compile_lib
-from m2jax.plan import hlo, planner, report
+from m2jax.plan import contrast, hlo, planner, report
 from m2jax.train import main as train_main
 from tests.train import toy
 
@@ -94,6 +95,18 @@ def test_a_plan_of_a_tpu_slice(made: planner.Plan, tmp_path: Path) -> None:
 
 
 @tpu
+def test_every_form_of_the_loss_is_compiled_alone() -> None:
+    machine = describe("v5e:2x4")
+    mesh = make_mesh(config.Mesh(fsdp=4), machine.devices)
+    machine = machine._replace(devices=tuple(mesh.devices.flat))
+    rows = {c.impl: c for c in contrast.costs(small(), machine, mesh)}
+    assert tuple(rows) == config.choices(config.Contrastive, "impl")
+    # 256 x 128 float32 features over 8 devices; dense gathers one side whole, forward at least.
+    assert rows["dense"].temporaries is not None
+    assert rows["dense"].sent >= 256 * 128 * 4 * 7 / 8
+
+
+@tpu
 @pytest.mark.slow
 def test_miscounted_trips_are_caught(compiled: compile_lib.Compiled, monkeypatch) -> None:
     """XLA's own mistake, planted: a loop's body counted once."""
@@ -166,7 +179,7 @@ def test_train_and_plan_run_the_same_function(monkeypatch, tmp_path: Path) -> No
 def plans(fitting: int):
     """A planner that fits up to so many rows; memory grows linearly, with a jump."""
 
-    def plan(experiment, machine):
+    def plan(experiment, machine, *, contrastive=False):
         rows = experiment.data.batch_size
         memory = compile_lib.Memory(1, 2, rows, 3 + rows)
         times = planner.Times(1.0, 1.0, 0.0, 0.5, 0.0) if rows <= fitting else None
