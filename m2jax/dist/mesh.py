@@ -64,7 +64,6 @@ def arrange(shape: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
     Raises:
         UserError: several TPU slices that the first axis does not divide over.
     """
-    # Devices of a described machine of one slice have no slice_index.
     slices = {getattr(d, "slice_index", 0) for d in devices if d.platform == "tpu"}
     if len(slices) <= 1:
         return mesh_utils.create_device_mesh(

@@ -8,11 +8,15 @@ plugin is installed. Memory, arithmetic and link rates are the vendors' publishe
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+
+import jax
+from jax.experimental import topologies
 
 from m2jax.config import UserError
 from m2jax.dist import gpu_target
@@ -109,9 +113,23 @@ def describe(name: str) -> Topology:
     return Topology(name, chip, _gpu(name, chip, hosts, each), 1, each)
 
 
-def _tpu(name: str, chip: Chip, shape: str, slices: int) -> tuple[Any, ...]:
-    from jax.experimental import topologies
+@contextlib.contextmanager
+def uncached() -> Iterator[None]:
+    """Keeps programs for described devices out of jax's persistent cache.
 
+    It would store them, but cannot read them back without a device of their kind, and says so at
+    every later compile.
+    """
+    key = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, key)
+    jax.config.update(key, 1e9)
+    try:
+        yield
+    finally:
+        jax.config.update(key, before)
+
+
+def _tpu(name: str, chip: Chip, shape: str, slices: int) -> tuple[Any, ...]:
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
             f"--topology {name}: compiling for TPUs needs the package libtpu, for Linux on x86-64: "
@@ -131,8 +149,6 @@ def _tpu(name: str, chip: Chip, shape: str, slices: int) -> tuple[Any, ...]:
 
 
 def _gpu(name: str, chip: Chip, hosts: int, each: int) -> tuple[Any, ...]:
-    from jax.experimental import topologies
-
     plugins = [p for p in ("jax_cuda12_plugin", "jax_cuda13_plugin") if importlib.util.find_spec(p)]
     if not plugins:
         raise UserError(

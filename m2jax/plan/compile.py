@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from m2jax.config import Experiment, UserError
 from m2jax.dist.mesh import make_mesh
 from m2jax.dist.sharding import BATCH_AXES, batch_sharding
-from m2jax.dist.topology import Topology
+from m2jax.dist.topology import Topology, uncached
 from m2jax.plan import flops
 from m2jax.train.main import assemble
 from m2jax.train.step import Step
@@ -76,7 +76,8 @@ def compile_step(experiment: Experiment, topology: Topology) -> Compiled:
     parts = {"parameters": _bytes(state.params), "optimizer": _bytes(state.opt_state)}
     start = time.monotonic()
     try:
-        compiled = traced.lower().compile()
+        with uncached():
+            compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         used = out_of_memory(str(error))
         if used is None:

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from m2jax import config as config_lib
 from m2jax.config import Experiment, UserError
 from m2jax.dist.sharding import batch_sharding, replicated
-from m2jax.dist.topology import Topology
+from m2jax.dist.topology import Topology, uncached
 from m2jax.losses.contrastive import contrastive_loss
 from m2jax.plan import collectives, hlo
 from m2jax.plan.compile import out_of_memory
@@ -53,7 +53,8 @@ def _cost(impl: str, experiment: Experiment, topology: Topology, mesh: Mesh) -> 
         out_shardings=(places[2], places),
     )  # fmt: skip
     try:
-        compiled = gradient.lower(rows, rows, scale).compile()
+        with uncached():
+            compiled = gradient.lower(rows, rows, scale).compile()
     except (UserError, ValueError) as error:  # a form that this mesh or batch does not suit
         return Cost(impl, None, 0.0, str(error).splitlines()[0])
     except jax.errors.JaxRuntimeError as error:
