@@ -2,6 +2,8 @@
 """Described machines: names, devices, what libtpu is told, and the text of a GPU."""
 
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -68,3 +70,18 @@ def test_a_tpu_is_a_pci_device(tmp_path: Path) -> None:
     assert not host.has_tpu(tmp_path)
     (tmp_path / "0" / "vendor").write_text("0x1ae0\n")
     assert host.has_tpu(tmp_path)
+
+
+@pytest.mark.skipif(
+    not any(map(importlib.util.find_spec, ("jax_cuda12_plugin", "jax_cuda13_plugin"))),
+    reason="JAX's CUDA plugin is not installed",
+)
+def test_gpus_of_two_hosts_without_a_gpu() -> None:
+    code = (
+        "from m2jax.cli.plan import compile_only; compile_only()\n"
+        "from m2jax.dist.topology import describe\n"
+        "devices = describe('h100:2x4').devices\n"
+        "print(len(devices), sorted({d.process_index for d in devices}), devices[0].device_kind)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "8 [0, 1] NVIDIA H100 SXM\n", done.stderr
