@@ -28,6 +28,18 @@ class UserError(Exception):
     """Bad input. The message is one line: what is wrong, where, how to mend it (exit code 2)."""
 
 
+# Policies of ``model.remat``, and what the backward pass recomputes under each.
+REMAT: Mapping[str, str] = types.MappingProxyType(
+    {
+        "none": "nothing",
+        "products": "what is no matrix product with a weight, and the down projection",
+        "attention": "the same, and the up projection of the feed-forward",
+        "dots": "what is no matrix product with a weight",
+        "full": "all of a layer but its input",
+    }
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Model:
     """An M2-Encoder. Sizes left at 0 are those of the architecture called ``name``."""
@@ -49,7 +61,8 @@ class Model:
     drop_path: float = 0.0  # share of residual branches dropped in training, rising with depth
     patch_drop: float = 0.0  # share of image patches dropped in training (FLIP)
     attention: str = "batch"  # batch | sample: one at a time, which stays in a CPU's cache
-    remat: str = "none"  # none | full | dots: what the backward pass recomputes
+    remat: str = "none"  # what the backward pass recomputes: a key of REMAT
+    fused_qkv: bool = True  # one product for queries, keys and values; three split over devices
     unroll: int = 1  # layers per iteration of the scan; >= the depth unrolls it
 
 
@@ -352,12 +365,17 @@ _CHOICES: Mapping[tuple[type, str], tuple[str, ...]] = types.MappingProxyType(
         (Model, "dtype"): ("bfloat16", "float32", "float64"),
         (Model, "param_dtype"): ("bfloat16", "float16", "float32", "float64"),
         (Model, "attention"): ("batch", "sample"),
-        (Model, "remat"): ("none", "full", "dots"),
+        (Model, "remat"): tuple(REMAT),
         (Optim, "name"): ("adamw", "adafactor", "lion", "muon"),
         (Optim, "schedule"): ("cosine", "linear", "constant"),
         (Contrastive, "impl"): ("dense",),
     }
 )
+
+
+def choices(cls: type, key: str) -> tuple[str, ...]:
+    """Values that the field ``key`` of a config dataclass may take; none where any may."""
+    return _CHOICES.get((cls, key), ())
 
 
 def from_mapping(cls: type, values: Any, where: str) -> Any:
@@ -387,7 +405,7 @@ def _value(cls: type, key: str, hint: Any, value: Any, where: str) -> Any:
         value = float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise UserError(f"{where}={value!r}: not of type {kind.__name__}: mend the config")
-    choices = _CHOICES.get((cls, key))
-    if choices and value not in choices:
-        raise UserError(f"{where}={value!r}: no such choice: use one of {', '.join(choices)}")
+    allowed = choices(cls, key)
+    if allowed and value not in allowed:
+        raise UserError(f"{where}={value!r}: no such choice: use one of {', '.join(allowed)}")
     return value

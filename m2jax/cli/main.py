@@ -9,16 +9,16 @@ import traceback
 from collections.abc import Sequence
 
 from m2jax import __version__
-from m2jax.cli import convert, data, doctor, embed, evaluate, inspect, train
+from m2jax.cli import convert, data, doctor, embed, evaluate, inspect, plan, train
 from m2jax.cli.terminal import printable
-from m2jax.dist.host import restart_with_huge_pages
+from m2jax.dist.host import expect_no_tpu, has_tpu, restart_with_huge_pages
 
 # Each has add_parser(subparsers) and run(args) -> exit code. None imports jax before it runs.
-VERBS = (doctor, data, train, evaluate, embed, convert, inspect)
+VERBS = (doctor, data, train, evaluate, embed, convert, inspect, plan)
 
 EXIT_CODES = (
     "exit codes: 0 done, 1 the program failed, 2 wrong usage or bad input, "
-    "4 an imported model failed its check"
+    "3 a planned step does not fit, 4 an imported model failed its check"
 )
 
 
@@ -34,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     if argv is None and sys.argv[1:2] in (["train"], ["eval"], ["embed"]):
         restart_with_huge_pages()
+    if not has_tpu():
+        expect_no_tpu()
     words, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
     args = build_parser().parse_args(words)
     if overrides and not hasattr(args, "config"):

@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the host's memory allocator must be told before a process starts."""
+"""What the memory allocator and libtpu must be told about this host before jax starts."""
 
 from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 TUNABLE = "GLIBC_TUNABLES"
 HUGE_PAGES = "glibc.malloc.hugetlb=1"  # malloc asks for transparent huge pages (glibc >= 2.35)
+
+PCI = Path("/sys/bus/pci/devices")
+GOOGLE = "0x1ae0"  # PCI vendor of TPUs (and of Google's network cards)
 
 
 def restart_with_huge_pages() -> None:
@@ -20,3 +24,20 @@ def restart_with_huge_pages() -> None:
     if sys.platform == "linux" and TUNABLE not in os.environ:
         environ = {**os.environ, TUNABLE: HUGE_PAGES}
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environ)
+
+
+def has_tpu(devices: Path = PCI) -> bool:
+    """Whether this host may have a TPU: a PCI device of Google's."""
+    return any(file.read_text().strip() == GOOGLE for file in devices.glob("*/vendor"))
+
+
+def expect_no_tpu() -> None:
+    """Tells libtpu, should jax load it, that there is no TPU to look for.
+
+    Without these it asks a metadata server which TPU it is on and complains on the terminal; the
+    last lets several processes compile at a time, since none opens a device.
+    """
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")

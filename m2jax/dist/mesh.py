@@ -64,7 +64,7 @@ def arrange(shape: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
     Raises:
         UserError: several TPU slices that the first axis does not divide over.
     """
-    slices = {device.slice_index for device in devices if device.platform == "tpu"}
+    slices = {getattr(d, "slice_index", 0) for d in devices if d.platform == "tpu"}
     if len(slices) <= 1:
         return mesh_utils.create_device_mesh(
             tuple(shape), list(devices), allow_split_physical_axes=True

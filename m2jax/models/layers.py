@@ -9,7 +9,7 @@ lie beside each array as plain metadata (``logical_axes``); ``dist.sharding`` ma
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -105,33 +105,45 @@ def standardise(x: Float[Array, "... d"], eps: float) -> Float[Array, "... d"]:
     return (centred * jax.lax.rsqrt(variance + eps)).astype(x.dtype)
 
 
-def normed(norm: LayerNorm, *linears: Linear) -> Callable[[Float[Array, "... i"]], list[jax.Array]]:
+def normed(
+    norm: LayerNorm, *linears: Linear, fused: bool = True
+) -> Callable[[Float[Array, "... i"]], list[jax.Array]]:
     """Maps x to [linear(norm(x)) ...], the norm's scale and bias folded into the weights.
 
     ``(h * g + b) @ W + c`` is ``h @ (g[:, None] * W) + (b @ W + c)``: the same value, but two
     passes over the activations become one over the weights, forward and backward, and the weights
-    are the smaller of the two in every batch worth training on. All linears share one product.
-    Of a few sentences or a single image the activations are the smaller: nothing is folded then.
+    are the smaller of the two in every batch worth training on. Of a few sentences or a single
+    image the activations are the smaller: nothing is folded then. ``fused`` shares one product
+    between all linears; apart, no result has to be cut, and each can be split over devices.
     """
     scale, shift = norm.scale[...], norm.bias[...]
+    products = [_joined(part) for part in ([linears] if fused else [(one,) for one in linears])]
+    outputs = sum(kernel.shape[1] for kernel, _, _ in products)
+
+    def apply(x: jax.Array) -> list[jax.Array]:
+        if math.prod(x.shape[:-1]) < outputs:
+            y = norm(x)
+            return [linear(y) for linear in linears]
+        wide = jnp.promote_types(x.dtype, scale.dtype)  # half-precision weights lose no bit here
+        g, b = scale.astype(wide), shift.astype(wide)
+        folded = [(g[:, None] * kernel.astype(wide)).astype(x.dtype) for kernel, _, _ in products]
+        h, results = standardise(x, norm.eps), []
+        for weight, (kernel, bias, cuts) in zip(folded, products, strict=True):
+            y = h @ weight + (b @ kernel.astype(wide) + bias.astype(wide)).astype(x.dtype)
+            results += jnp.split(y, cuts, axis=-1)
+        return results
+
+    return apply
+
+
+def _joined(linears: Sequence[Linear]) -> tuple[jax.Array, jax.Array, list[int]]:
+    """Kernels and biases side by side, and where the product is cut again."""
     kernel = jnp.concatenate([linear.kernel[...] for linear in linears], axis=1)
     biases = [linear.bias for linear in linears if linear.bias is not None]
     assert len(biases) == len(linears)  # the fold needs a place for shift @ kernel
-    bias = jnp.concatenate([b[...] for b in biases])
     sizes = [linear.kernel[...].shape[1] for linear in linears]
     cuts = [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)]
-
-    def apply(x: jax.Array) -> list[jax.Array]:
-        if math.prod(x.shape[:-1]) < kernel.shape[1]:
-            y = norm(x)
-            return [linear(y) for linear in linears]
-        wide = jnp.promote_types(x.dtype, kernel.dtype)  # half-precision weights lose no bit here
-        g, b, w, c = (array.astype(wide) for array in (scale, shift, kernel, bias))
-        folded = (g[:, None] * w).astype(x.dtype)
-        y = standardise(x, norm.eps) @ folded + (b @ w + c).astype(x.dtype)
-        return jnp.split(y, cuts, axis=-1)
-
-    return apply
+    return kernel, jnp.concatenate([bias[...] for bias in biases]), cuts
 
 
 def gelu(x: Float[Array, ...]) -> Float[Array, ...]:
@@ -202,8 +214,16 @@ def drop_path(
 
 
 def rematerialise(layer: Callable[..., jax.Array], policy: str) -> Callable[..., jax.Array]:
-    """What the backward pass recomputes: nothing, all but matrix products, or all of a layer."""
+    """What the backward pass recomputes of a layer (``config.REMAT`` tells the policies)."""
     if policy == "none":
         return layer
-    policies = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
-    return jax.checkpoint(layer, policy=policies[policy])
+    if policy in KEPT:
+        keep = jax.checkpoint_policies.save_only_these_names(*KEPT[policy])
+    else:
+        dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        keep = {"full": None, "dots": dots}[policy]
+    return jax.checkpoint(layer, policy=keep)
+
+
+# Results that layers name with ``checkpoint_name``, by the policy that keeps them.
+KEPT = {"attention": ("qkv", "attention_out"), "products": ("qkv", "attention_out", "ffn_in")}

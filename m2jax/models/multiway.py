@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from m2jax import config as config_lib
@@ -64,7 +65,7 @@ class Block(nnx.Module):
         def norm(width: int, axis: str | None = None) -> layers.LayerNorm:
             return layers.LayerNorm(rngs, width, axis=axis, stack=stack, dtype=dtype)
 
-        self.head_dim = cfg.width // cfg.heads
+        self.head_dim, self.fused_qkv = cfg.width // cfg.heads, cfg.fused_qkv
         self.attn_norm = norm(d)
         self.q = linear((d, d), ("embed", "heads"), 1.0)
         self.k = linear((d, d), ("embed", "heads"), 1.0)
@@ -78,18 +79,20 @@ class Block(nnx.Module):
 
     def project(self, x: Float[Array, "b l d"]) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries, keys and values, each [b, l, heads, head_dim]."""
-        projected = layers.normed(self.attn_norm, self.q, self.k, self.v)(x)
+        project = layers.normed(self.attn_norm, self.q, self.k, self.v, fused=self.fused_qkv)
+        projected = [checkpoint_name(y, "qkv") for y in project(x)]
         q, k, v = (y.reshape(*x.shape[:2], -1, self.head_dim) for y in projected)
         return q, k, v
 
     def merge(self, heads: Float[Array, "b l h k"]) -> Float[Array, "b l d"]:
         """Norm over all channels of the merged heads, then the output projection."""
         merged = heads.reshape(*heads.shape[:2], -1)
-        return layers.normed(self.inner_norm, self.out)(merged)[0]
+        return checkpoint_name(layers.normed(self.inner_norm, self.out)(merged)[0], "attention_out")
 
     def feed_forward(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
         """fc2(LN(gelu(fc1(LN(x))))), the exact (erf) GELU."""
-        h = layers.gelu(layers.normed(self.ffn_norm, self.fc1)(x)[0])
+        h = checkpoint_name(layers.normed(self.ffn_norm, self.fc1)(x)[0], "ffn_in")
+        h = layers.gelu(h)
         return layers.normed(self.mlp_norm, self.fc2)(h)[0]
 
 

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 
 from m2jax import architectures
 from m2jax import config as config_lib
@@ -21,7 +22,8 @@ from m2jax.obs.metrics import MetricWriter, read_rows
 from m2jax.obs.progress import Progress
 from m2jax.train.image_text import ImageTextTask
 from m2jax.train.loop import Loop
-from m2jax.train.step import make_step
+from m2jax.train.step import Step, make_step
+from m2jax.train.task import Task
 
 
 def run(experiment: Experiment, workdir: str | os.PathLike[str]) -> int:
@@ -36,8 +38,7 @@ def run(experiment: Experiment, workdir: str | os.PathLike[str]) -> int:
     directory = prepare(Path(workdir), experiment)
     mesh = make_mesh(experiment.mesh)
     loader = make_loader(experiment, mesh)
-    task = ImageTextTask(experiment, mesh)
-    step = make_step(experiment, task, mesh)
+    _, step = assemble(experiment, mesh)
     checkpoints = Checkpoints(directory, experiment, loader.assets)
     restored = checkpoints.restore(step.abstract_state)
     if restored is None:
@@ -57,6 +58,12 @@ def run(experiment: Experiment, workdir: str | os.PathLike[str]) -> int:
     if experiment.eval.suite:
         score(directory, experiment)
     return 0
+
+
+def assemble(experiment: Experiment, mesh: Mesh) -> tuple[Task, Step]:
+    """The task of an experiment and its jitted step: what ``run`` trains and ``plan`` compiles."""
+    task = ImageTextTask(experiment, mesh)
+    return task, make_step(experiment, task, mesh)
 
 
 def score(workdir: Path, experiment: Experiment) -> None:

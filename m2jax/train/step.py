@@ -26,7 +26,7 @@ class Step(NamedTuple):
     """The compiled side of a run."""
 
     init: Callable[[], TrainState]  # a fresh state, each array made where it lies
-    run: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]  # donates the state
+    run: jax.stages.Wrapped  # (state, batch) -> (state, metrics), jitted; donates the state
     abstract_state: TrainState  # shapes with shardings: what a checkpoint is restored onto
     schedule: optax.Schedule
 

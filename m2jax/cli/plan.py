@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``m2jax plan``: whether a run fits a machine, what it sends and how fast it can be."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+DOES_NOT_FIT = 3
+
+
+def add_parser(subparsers: Any) -> None:
+    """Declares the verb."""
+    parser = subparsers.add_parser(
+        "plan",
+        help="compile the real training step for a machine that is not here, and account for it",
+        description=(
+            "Compiles the training step of a config for a named TPU slice or GPU cluster, with "
+            "none here, and prints memory, FLOPs, collectives and a modelled step time."
+        ),
+        epilog="exit code 3: the step does not fit the machine's memory",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", required=True, metavar="FILE.py[:ARG]|NAME")
+    parser.add_argument(
+        "--topology",
+        required=True,
+        metavar="NAME",
+        help="v5p:4x4x8, v6e:16x16, 2*v5p:4x4x8 (two slices), h100:32x8 (hosts x GPUs), ...",
+    )
+    parser.add_argument(
+        "--compare",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE[,KEY=VALUE...]",
+        help="one more column per word, with these settings changed: mesh.fsdp=8,mesh.model=2",
+    )
+    parser.add_argument(
+        "--largest-batch",
+        action="store_true",
+        help="search the largest batch that fits (several compiles)",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the plan as JSON")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Plans; 3 when what was asked for does not fit."""
+    from m2jax.config import UserError, load_config
+
+    if args.largest_batch and args.compare:
+        raise UserError("--largest-batch with --compare: ask for one of them")
+    if args.json and not args.json.parent.is_dir():
+        raise UserError(f"--json {args.json}: no such folder: make it, or name another file")
+    compile_only()
+    from m2jax.plan import planner, report
+
+    experiment = load_config(args.config, args.overrides)
+    changes = planner.variants(args.compare)
+    columns = [load_config(args.config, [*args.overrides, *more]) for more in changes]
+    if args.largest_batch:
+        plans = planner.largest_batch(experiment, args.topology)
+        titles = [f"batch {one.batch_size:,}" for one in plans]
+        fitting = [one for one in plans if one.fits]
+        answer = max(fitting, key=lambda one: one.batch_size) if fitting else plans[-1]
+    else:
+        plans = [
+            planner.plan(each, args.topology, contrastive=not columns)
+            for each in (experiment, *columns)
+        ]
+        titles = ["as configured", *args.compare]
+        answer = plans[0]
+    print(report.table(plans, titles))
+    if args.largest_batch:
+        found = f"{answer.batch_size:,}" if answer.fits else "none of those tried"
+        print(f"\nlargest batch that fits: {found}")
+    if args.json:
+        _write(args.json, planner.as_json(answer), [planner.as_json(one) for one in plans])
+    return 0 if answer.fits else DOES_NOT_FIT
+
+
+def compile_only() -> None:
+    """Keeps jax off whatever accelerator is here: nothing of a plan runs.
+
+    Must come before jax is imported; the second setting lets the CUDA plugin load without a GPU.
+    """
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+
+
+def _write(file: Path, answer: dict[str, Any], all_plans: list[dict[str, Any]]) -> None:
+    """The answer's keys at the top; every plan under ``plans`` where there are several."""
+    content = answer if len(all_plans) == 1 else {**answer, "plans": all_plans}
+    temporary = file.with_name(file.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, file)

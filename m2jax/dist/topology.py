@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Machines that are not here: their devices as the compiler describes them, and their datasheets.
+
+``describe("v5p:4x4x8")`` gives 128 devices that programs can be compiled for without any TPU
+(libtpu holds the compiler); ``h100:32x8`` does the same for 32 hosts of 8 GPUs where JAX's CUDA
+plugin is installed. Memory, arithmetic and link rates are the vendors' published ones, per device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+from jax.experimental import topologies
+
+from m2jax.config import UserError
+from m2jax.dist import gpu_target
+from m2jax.dist.host import expect_no_tpu
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chip:
+    """One device: what a program may use and how fast it goes at best."""
+
+    kind: str
+    platform: str  # tpu | cuda
+    peak_flops: float  # FLOP/s of bfloat16 matrix products with float32 sums
+    memory: float  # bytes a program may use
+    memory_rate: float  # bytes/s
+    link_rate: float  # bytes/s and direction: one torus link of a TPU, all of NVLink of a GPU
+    network_rate: float  # bytes/s out of a device to other slices or hosts
+    clock: float = 0.0  # Hz; turns libtpu's cycle estimates into seconds, 0: there are none
+    clock_known: bool = True  # False: assumed, so seconds from cycles only compare programs
+    source: str = ""
+
+
+_DOCS = "cloud.google.com/tpu/docs/"
+# Memory is what libtpu reports as usable. Clocks follow from peak = MXUs x side^2 x 2 x clock.
+CHIPS: Mapping[str, Chip] = {
+    "v4": Chip(
+        kind="v4", platform="tpu", peak_flops=275e12, memory=30.75 * GIB, memory_rate=1.2e12,
+        link_rate=50e9, network_rate=3.125e9, clock=1.05e9,
+        source=_DOCS + "v4; links: Jouppi et al. 2023, table 4",
+    ),
+    "v5e": Chip(
+        kind="v5e", platform="tpu", peak_flops=197e12, memory=15.75 * GIB, memory_rate=819e9,
+        link_rate=50e9, network_rate=3.125e9, clock=1.5e9,
+        source=_DOCS + "v5e (400 GB/s over 4 ports, both ways; 6.4 Tbit/s for 256 chips)",
+    ),
+    "v5p": Chip(
+        kind="v5p", platform="tpu", peak_flops=459e12, memory=95.74 * GIB, memory_rate=2765e9,
+        link_rate=100e9, network_rate=6.25e9, clock=1.75e9,
+        source=_DOCS + "v5p (1200 GB/s over 6 ports, both ways; 50 Gbit/s of network)",
+    ),
+    "v6e": Chip(
+        kind="v6e", platform="tpu", peak_flops=918e12, memory=31.25 * GIB, memory_rate=1638e9,
+        link_rate=100e9, network_rate=12.5e9, clock=1.75e9, clock_known=False,
+        source=_DOCS + "v6e (800 GB/s over 4 ports, both ways; 4 x 200 Gbit/s for 8 chips)",
+    ),
+    "h100": Chip(
+        kind="h100", platform="cuda", peak_flops=989.4e12, memory=0.94 * 80e9, memory_rate=3.35e12,
+        link_rate=450e9, network_rate=50e9,
+        source="nvidia.com H100 SXM datasheet, dense; one 400 Gbit/s adapter per GPU",
+    ),
+    "h200": Chip(
+        kind="h200", platform="cuda", peak_flops=989.4e12, memory=0.94 * 141e9, memory_rate=4.8e12,
+        link_rate=450e9, network_rate=50e9,
+        source="nvidia.com H200 SXM datasheet, dense; one 400 Gbit/s adapter per GPU",
+    ),
+}  # fmt: skip
+
+KNOWN = (
+    "v4:2x2x1 ... v4:8x8x16, v5e:2x2 ... v5e:16x16, v5p:2x2x1 ... v5p:16x16x24, "
+    "v6e:2x2 ... v6e:16x16, N*TPU for N slices (2*v5p:4x4x8), h100:8, h100:32x8, h200:8, h200:32x8 "
+    "(hosts x GPUs)"
+)
+_NAME = re.compile(r"(?:(\d+)\*)?([a-z0-9]+):(\d+(?:x\d+)*)")
+
+
+class Topology(NamedTuple):
+    """A named machine."""
+
+    name: str
+    chip: Chip
+    devices: tuple[Any, ...]  # jax devices that can be compiled for, never run on
+    slices: int  # joined by the data-center network
+    host_devices: int  # of one host
+
+
+def describe(name: str) -> Topology:
+    """The machine called ``TYPE:SHAPE``, or ``N*TYPE:SHAPE`` for several TPU slices.
+
+    Raises:
+        UserError: an unknown name, a shape that does not exist, or a compiler that is missing.
+    """
+    match = _NAME.fullmatch(name)
+    if not match or match[2] not in CHIPS:
+        raise UserError(f"--topology {name}: no such machine: use one of {KNOWN}")
+    chip, slices = CHIPS[match[2]], int(match[1] or 1)
+    shape = [int(size) for size in match[3].split("x")]
+    if chip.platform == "tpu":
+        return Topology(name, chip, _tpu(name, chip, match[3], slices), slices, 4)
+    if match[1] or len(shape) > 2 or min(shape) < 1:
+        raise UserError(f"--topology {name}: GPUs come as {chip.kind}:HOSTSxGPUS: write h100:32x8")
+    hosts, each = (1, *shape)[-2:]
+    return Topology(name, chip, _gpu(name, chip, hosts, each), 1, each)
+
+
+@contextlib.contextmanager
+def uncached() -> Iterator[None]:
+    """Keeps programs for described devices out of jax's persistent cache.
+
+    It would store them, but cannot read them back without a device of their kind, and says so at
+    every later compile.
+    """
+    key = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, key)
+    jax.config.update(key, 1e9)
+    try:
+        yield
+    finally:
+        jax.config.update(key, before)
+
+
+def _tpu(name: str, chip: Chip, shape: str, slices: int) -> tuple[Any, ...]:
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            f"--topology {name}: compiling for TPUs needs the package libtpu, for Linux on x86-64: "
+            "pip install 'm2jax[tpu]'"
+        )
+    expect_no_tpu()
+    try:
+        found = topologies.get_topology_desc(
+            platform="tpu", topology_name=f"{chip.kind}:{shape}", num_slices=slices
+        )
+        return tuple(found.devices)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"--topology {name}: libtpu refuses it ({reason}): use one of {KNOWN}"
+        ) from None
+
+
+def _gpu(name: str, chip: Chip, hosts: int, each: int) -> tuple[Any, ...]:
+    plugins = [p for p in ("jax_cuda12_plugin", "jax_cuda13_plugin") if importlib.util.find_spec(p)]
+    if not plugins:
+        raise UserError(
+            f"--topology {name}: compiling for GPUs needs JAX's CUDA plugin (no GPU): "
+            "pip install 'm2jax[cuda13]'"
+        )
+    try:
+        found = topologies.get_topology_desc(
+            platform="cuda",
+            target_config=gpu_target.text(chip.kind),
+            topology=f"1x{hosts}x{each}",
+        )
+        return tuple(found.devices)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"--topology {name}: {plugins[0]} refuses it ({reason}): "
+            "start with JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1"
+        ) from None

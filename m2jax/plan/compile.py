@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles the training step, the one ``m2jax train`` runs, for a machine that is not here."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import time
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from m2jax.config import Experiment, UserError
+from m2jax.dist.mesh import make_mesh
+from m2jax.dist.sharding import BATCH_AXES, batch_sharding
+from m2jax.dist.topology import Topology, uncached
+from m2jax.plan import flops
+from m2jax.train.main import assemble
+from m2jax.train.step import Step
+from m2jax.train.task import Task
+
+
+class Memory(NamedTuple):
+    """Bytes on one device."""
+
+    parameters: int
+    optimizer: int
+    temporaries: int
+    total: int
+
+
+class Compiled(NamedTuple):
+    """A step as the compiler left it."""
+
+    mesh: Mesh
+    memory: Memory
+    text: str  # optimised HLO; "" where the step did not fit
+    traced_flops: float  # over all devices, recomputation included
+    model_flops: float  # the same step with nothing recomputed
+    sized_flops: float  # by the rule of thumb from the model's sizes
+    seconds: float  # the compiler took
+
+
+def lay_out(experiment: Experiment, topology: Topology) -> tuple[Mesh, Task, Step]:
+    """Mesh, task and step of an experiment on a machine; nothing is compiled.
+
+    Raises:
+        UserError: the mesh does not take the machine's devices, or the batch does not divide.
+    """
+    try:
+        mesh = make_mesh(experiment.mesh, topology.devices)
+    except UserError as error:
+        raise UserError(f"--topology {topology.name}: {error}") from None
+    rows = 1
+    for axis in BATCH_AXES:
+        rows *= mesh.shape[axis]
+    if experiment.data.batch_size % rows:
+        raise UserError(
+            f"data.batch_size={experiment.data.batch_size}: does not divide over {rows} devices of "
+            f"{topology.name}: make it a multiple"
+        )
+    task, step = assemble(experiment, mesh)
+    return mesh, task, step
+
+
+def compile_step(experiment: Experiment, topology: Topology) -> Compiled:
+    """Traces, lowers and compiles; arrays are shapes throughout.
+
+    Raises:
+        UserError: as ``lay_out``.
+    """
+    mesh, task, step = lay_out(experiment, topology)
+    traced = step.run.trace(step.abstract_state, batch_shapes(task, experiment, mesh))
+    state = step.abstract_state
+    parts = {"parameters": _bytes(state.params), "optimizer": _bytes(state.opt_state)}
+    start = time.monotonic()
+    try:
+        with uncached():
+            compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        used = out_of_memory(str(error))
+        if used is None:
+            raise
+        memory, text = (
+            Memory(**parts, temporaries=max(used - sum(parts.values()), 0), total=used),
+            "",
+        )
+    else:
+        memory, text = _memory(compiled.memory_analysis(), parts), compiled.as_text() or ""
+    return Compiled(
+        mesh=mesh,
+        memory=memory,
+        text=text,
+        traced_flops=flops.traced(traced.jaxpr),
+        model_flops=model_flops(experiment, mesh),
+        sized_flops=flops.from_sizes(experiment, task.model),
+        seconds=time.monotonic() - start,
+    )
+
+
+def batch_shapes(task: Task, experiment: Experiment, mesh: Mesh) -> dict[str, Any]:
+    """A batch as shapes with their places."""
+    place = batch_sharding(mesh)
+    return {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+        for name, leaf in task.batch_spec(experiment.data.batch_size).items()
+    }
+
+
+def model_flops(experiment: Experiment, mesh: Mesh) -> float:
+    """FLOPs over all devices that the model needs: those of a trace that recomputes nothing."""
+    plain = dataclasses.replace(
+        experiment, model=dataclasses.replace(experiment.model, remat="none")
+    )
+    task, step = assemble(plain, mesh)
+    traced = step.run.trace(step.abstract_state, batch_shapes(task, plain, mesh))
+    return flops.traced(traced.jaxpr)
+
+
+def _bytes(tree: Any) -> int:
+    """Bytes of the shards of one device."""
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        shape = leaf.sharding.shard_shape(leaf.shape)
+        total += leaf.dtype.itemsize * _product(shape)
+    return total
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    size = 1
+    for length in shape:
+        size *= length
+    return size
+
+
+def _memory(analysis: Any, parts: dict[str, int]) -> Memory:
+    """What the program holds at once: arguments, results that reuse none, temporaries and code.
+
+    The heap of temporaries counts with its gaps, up to a third of it, which libtpu's own check
+    (``peak_memory_in_bytes`` against the chip) leaves out: what fits here fits there.
+    """
+    arguments = analysis.argument_size_in_bytes
+    results = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    temporaries = analysis.temp_size_in_bytes + analysis.generated_code_size_in_bytes
+    return Memory(**parts, temporaries=temporaries, total=arguments + results + temporaries)
+
+
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "": 1}
+
+
+def out_of_memory(message: str) -> int | None:
+    """Bytes a refused program wanted, from the compiler's message; ``None`` if that says other."""
+    found = re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", message)
+    found = found or re.search(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM", message)
+    return int(float(found[1]) * _UNITS[found[2]]) if found else None

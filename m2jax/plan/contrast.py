@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each form of the contrastive loss would hold and send in a run: the loss compiled alone."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from m2jax import config as config_lib
+from m2jax.config import Experiment, UserError
+from m2jax.dist.sharding import batch_sharding, replicated
+from m2jax.dist.topology import Topology, uncached
+from m2jax.losses.contrastive import contrastive_loss
+from m2jax.plan import collectives, hlo
+from m2jax.plan.compile import out_of_memory
+
+
+class Cost(NamedTuple):
+    """Of one loss over one pair of views, value and gradients, on one device."""
+
+    impl: str
+    temporaries: int | None  # bytes; None where the compiler refuses
+    sent: float  # bytes
+    note: str = ""  # why there is no number
+
+
+def costs(experiment: Experiment, topology: Topology, mesh: Mesh) -> list[Cost]:
+    """One row per form, for the global batch, feature size and mesh of an experiment.
+
+    Args:
+        experiment: the run.
+        topology: the machine, its devices in the order of the mesh.
+        mesh: where the rows lie.
+    """
+    impls = config_lib.choices(config_lib.Contrastive, "impl")
+    return [_cost(impl, experiment, topology, mesh) for impl in impls]
+
+
+def _cost(impl: str, experiment: Experiment, topology: Topology, mesh: Mesh) -> Cost:
+    def loss(image: jax.Array, text: jax.Array, scale: jax.Array) -> jax.Array:
+        return contrastive_loss(image, text, scale, impl=impl, mesh=mesh)
+
+    places: Any = (batch_sharding(mesh), batch_sharding(mesh), replicated(mesh))
+    rows = jax.ShapeDtypeStruct(
+        (experiment.data.batch_size, experiment.model.out_dim), jnp.float32, sharding=places[0]
+    )
+    scale = jax.ShapeDtypeStruct((), jnp.float32, sharding=places[2])
+    gradient = jax.jit(
+        jax.value_and_grad(loss, argnums=(0, 1, 2)), in_shardings=places,
+        out_shardings=(places[2], places),
+    )  # fmt: skip
+    try:
+        with uncached():
+            compiled = gradient.lower(rows, rows, scale).compile()
+    except (UserError, ValueError) as error:  # a form that this mesh or batch does not suit
+        return Cost(impl, None, 0.0, str(error).splitlines()[0])
+    except jax.errors.JaxRuntimeError as error:
+        used = out_of_memory(str(error))
+        if used is None and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return Cost(impl, None, 0.0, f"needs {used / 2**30:,.0f} GiB" if used else "does not fit")
+    module = hlo.parse(compiled.as_text() or "")
+    found = collectives.collectives(hlo.walk(module), topology, dict(mesh.shape))
+    sent = sum(one.sent * one.times for one in found.values())
+    return Cost(impl, compiled.memory_analysis().temp_size_in_bytes, sent)

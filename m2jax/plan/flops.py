@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arithmetic of matrix products, counted three ways that check each other.
+
+In the traced step (every scan times its length), in the compiled program (every loop times its
+trips), and from the model's sizes (6 x the parameters each token uses, and attention). Only matrix
+products and convolutions count: XLA's own sum takes a loop's body once.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from m2jax.config import Experiment
+from m2jax.models.params import Abstract, flatten
+from m2jax.plan.hlo import Array, Computation, HloError, Instruction, Module
+
+
+def traced(jaxpr: Any) -> float:
+    """FLOPs of a traced function over all devices; recomputation in the backward pass included.
+
+    Raises:
+        HloError: a product inside a loop whose number of iterations the trace does not tell.
+    """
+    total = 0.0
+    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        name, params = eqn.primitive.name, eqn.params
+        if name == "dot_general":
+            (contracted, _), _ = params["dimension_numbers"]
+            shape = eqn.invars[0].aval.shape
+            total += 2.0 * eqn.outvars[0].aval.size * math.prod(shape[i] for i in contracted)
+            continue
+        if name == "conv_general_dilated":
+            kernel = eqn.invars[1].aval
+            outputs = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
+            total += 2.0 * eqn.outvars[0].aval.size * kernel.size / outputs
+            continue
+        inner = [traced(sub) for sub in _subjaxprs(params.values())]
+        if name == "while" and any(inner):
+            raise HloError("a matrix product inside a while loop: its iterations are not traced")
+        total += _repeats(name, params) * (max(inner, default=0) if name == "cond" else sum(inner))
+    return total
+
+
+def _repeats(name: str, params: Any) -> int:
+    if name == "scan":
+        return params["length"]
+    if name == "shard_map":  # its shapes are those of one device
+        return math.prod(params["mesh"].shape.values())
+    if name == "pallas_call":
+        return math.prod(params["grid_mapping"].grid)
+    return 1
+
+
+def _subjaxprs(values: Iterable[Any]) -> list[Any]:
+    found = []
+    for value in values:
+        if hasattr(value, "eqns") or hasattr(getattr(value, "jaxpr", None), "eqns"):
+            found.append(value)
+        elif isinstance(value, (tuple, list)):
+            found += _subjaxprs(value)
+    return found
+
+
+def from_sizes(experiment: Experiment, model: Abstract) -> float:
+    """FLOPs of a step over all devices by the rule of thumb, made exact for attention.
+
+    2 per parameter and token forward, twice that backward (Kaplan et al. 2020, table 1): 6 x the
+    parameters of the layers each token passes, and 12 tokens^2 width per layer and sample for
+    attention. Heads, embeddings and losses are left out: a lower bound by about a percent.
+    """
+    cfg, rows = experiment.model, experiment.data.batch_size
+    kernels = {name: leaf.size for name, leaf in flatten(model.params).items() if "kernel" in name}
+
+    def used(*stacks: str) -> int:
+        return sum(n for name, n in kernels.items() if name.startswith(stacks))
+
+    layers = cfg.backbone_layers + cfg.vl_layers
+    total = 0.0
+    for tokens, sequences, stacks in (
+        (1 + (cfg.image_size // cfg.patch_size) ** 2, experiment.data.views, ("A", "A")),
+        (cfg.max_text_len, len(experiment.data.languages), ("B", "A")),
+    ):
+        weights = used(f"backbone.blocks.{stacks[0]}.", f"vl.blocks.{stacks[1]}.")
+        each = 6 * tokens * weights + 12 * layers * tokens**2 * cfg.width
+        total += each * rows * sequences
+    return total
+
+
+def instruction_flops(module: Module, computation: Computation, instruction: Instruction) -> float:
+    """FLOPs of one run of an instruction on one device, what it calls included (loops excepted)."""
+    if instruction.opcode == "dot":
+        left = operand(computation, instruction, 0)
+        found = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
+        dims = [int(d) for d in found[1].split(",") if d] if found else []
+        return 2.0 * instruction.arrays[0].size * math.prod(left.shape[d] for d in dims)
+    if instruction.opcode == "convolution":
+        return _convolution(computation, instruction)
+    if instruction.opcode == "custom-call" and "gemm" in instruction.attributes + instruction.name:
+        return _gemm(computation, instruction)
+    if instruction.opcode in ("fusion", "call", "async-start", "call-start"):
+        return sum(
+            instruction_flops(module, module.computations[name], inner)
+            for _, name in instruction.called
+            for inner in module.computations[name].instructions.values()
+        )
+    return 0.0
+
+
+def operand(computation: Computation, instruction: Instruction, index: int) -> Array:
+    """The first array of an operand."""
+    return computation.instructions[instruction.operands[index]].arrays[0]
+
+
+def _gemm(computation: Computation, instruction: Instruction) -> float:
+    """A product by cuBLAS: 2 m n k, of which operands and result have (m k)(k n)(m n) elements.
+
+    Batch dimensions b enter all three, so the product is 2 sqrt(left x right x result / b).
+    """
+    left, right = (operand(computation, instruction, i) for i in (0, 1))
+    found = re.search(r'"lhs_batch_dimensions":\[([^\]]*)\]', instruction.config)
+    dims = [int(d.strip('"')) for d in found[1].split(",") if d] if found else []
+    batch = math.prod(left.shape[d] for d in dims)
+    return 2.0 * math.sqrt(left.size * right.size * instruction.arrays[0].size / batch)
+
+
+def _convolution(computation: Computation, instruction: Instruction) -> float:
+    """2 x outputs x input features x kernel taps that meet an input.
+
+    The TPU compiler writes batched products as convolutions with holes (``lhs_dilate``), of whose
+    taps only one per output meets a number: taps must be counted, not multiplied.
+    """
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
+    if not labels:
+        raise HloError(f"{instruction.name}: a convolution without dim_labels")
+    lhs, rhs, out = labels[1], labels[2], labels[3]
+    left, right = (operand(computation, instruction, i) for i in (0, 1))
+    result = instruction.arrays[0]
+    window = re.search(r"window=\{([^}]*)\}", instruction.attributes)
+    parts = dict(re.findall(r"(\w+)=(\S+)", window[1])) if window else {}
+    flops = 2.0 * result.shape[out.index("b")] * result.shape[out.index("f")]
+    flops *= right.shape[rhs.index("i")]
+    spatial = sorted(set(lhs) - set("bf"))
+    for place, label in enumerate(spatial):
+        flops *= _taps(
+            left.shape[lhs.index(label)],
+            right.shape[rhs.index(label)],
+            result.shape[out.index(label)],
+            *(_entry(parts, key, place, d) for key, d in
+              (("stride", 1), ("lhs_dilate", 1), ("rhs_dilate", 1))),
+            _low_padding(parts, place),
+        )  # fmt: skip
+    return flops
+
+
+def _entry(parts: dict[str, str], key: str, place: int, default: int) -> int:
+    return int(parts[key].split("x")[place]) if key in parts else default
+
+
+def _low_padding(parts: dict[str, str], place: int) -> int:
+    return int(parts["pad"].split("x")[place].split("_")[0]) if "pad" in parts else 0
+
+
+@functools.lru_cache(maxsize=4096)
+def _taps(size: int, window: int, outputs: int, stride: int, hole: int, spread: int, pad: int):
+    """Pairs of (output, kernel tap) that meet an input along one dimension."""
+    reach, outs, met = (size - 1) * hole + 1, np.arange(outputs) * stride - pad, 0
+    for tap in range(window):
+        at = outs + tap * spread
+        met += int(((at >= 0) & (at < reach) & (at % hole == 0)).sum())
+    return met

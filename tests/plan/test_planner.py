@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plan of a real step for a TPU slice, planted miscounts, and the step that train runs."""
+
+import dataclasses
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from m2jax import config
+from m2jax.cli.main import main as command
+from m2jax.config import UserError
+from m2jax.dist.mesh import make_mesh
+from m2jax.dist.topology import CHIPS, describe
+from m2jax.plan import compile as compile_lib
+from m2jax.plan import contrast, hlo, planner, report
+from m2jax.train import main as train_main
+from tests.train import toy
+
+tpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="libtpu is not installed (it exists for Linux on x86-64 alone)",
+)
+
+
+def small() -> config.Experiment:
+    """A step that compiles in seconds: one layer a tower."""
+    model = config.Model(
+        width=128, heads=2, backbone_layers=2, vl_layers=1, dtype="bfloat16", remat="full"
+    )
+    return config.Experiment(
+        model=config.resolve(model),
+        data=config.Data(batch_size=256),
+        mesh=config.Mesh(fsdp=4),
+    )
+
+
+@pytest.fixture(scope="module")
+def compiled() -> compile_lib.Compiled:
+    return compile_lib.compile_step(small(), describe("v5e:2x4"))
+
+
+@pytest.fixture(scope="module")
+def made(compiled: compile_lib.Compiled) -> planner.Plan:
+    return planner._account(blank(compiled), compiled)
+
+
+def blank(compiled: compile_lib.Compiled) -> planner.Plan:
+    machine = describe("v5e:2x4")._replace(devices=tuple(compiled.mesh.devices.flat))
+    return planner.Plan(
+        topology=machine,
+        mesh=dict(compiled.mesh.shape),
+        batch_size=256,
+        memory=compiled.memory,
+        compile_seconds=compiled.seconds,
+        model_flops=compiled.model_flops / 8,
+    )
+
+
+@tpu
+@pytest.mark.slow
+def test_a_plan_of_a_tpu_slice(made: planner.Plan, tmp_path: Path) -> None:
+    assert made.fits
+    assert made.mesh == {"replica": 1, "data": 2, "fsdp": 4, "model": 1}
+    assert made.checks is not None
+    assert 0.95 < made.checks.compiled_to_traced < 1.05
+    assert 1.0 <= made.checks.traced_to_sizes < 1.1
+    assert 0 < made.mfu <= made.mfu_compute_only < 0.75
+    # Two moments lie as their parameters do (frozen ones have none): nothing is replicated.
+    assert 1.5 * made.memory.parameters < made.memory.optimizer < 2 * made.memory.parameters
+    axes = {(one.kind, one.axis) for one in made.collectives}
+    assert ("all-gather", "fsdp") in axes  # weights, layer by layer
+    assert ("all-reduce", "data") in axes or ("all-reduce", "data+fsdp") in axes  # gradients
+    inside = [one for one in made.collectives if one.axis == "fsdp" and one.times > 1]
+    assert inside  # gathers of the scanned layers run once a layer
+
+    saved = json.loads(json.dumps(planner.as_json(made)))
+    assert {
+        "fits", "chips", "bytes_per_chip", "flops_per_chip", "collectives", "sent_bytes_per_chip",
+        "step_seconds", "mfu", "compile_seconds",
+    } <= set(saved)  # fmt: skip
+    assert {"parameters", "optimizer", "temporaries", "total", "limit"} <= set(
+        saved["bytes_per_chip"]
+    )
+    assert sum(c["bytes"] for c in saved["collectives"]) == pytest.approx(
+        saved["sent_bytes_per_chip"]
+    )
+    text = report.table([made, made], ["a", "b"])
+    assert "MFU (modelled)" in text
+    assert "Modelled, not measured" in text
+
+
+@tpu
+def test_every_form_of_the_loss_is_compiled_alone() -> None:
+    machine = describe("v5e:2x4")
+    mesh = make_mesh(config.Mesh(fsdp=4), machine.devices)
+    machine = machine._replace(devices=tuple(mesh.devices.flat))
+    rows = {c.impl: c for c in contrast.costs(small(), machine, mesh)}
+    assert tuple(rows) == config.choices(config.Contrastive, "impl")
+    # 256 x 128 float32 features over 8 devices; dense gathers one side whole, forward at least.
+    assert rows["dense"].temporaries is not None
+    assert rows["dense"].sent >= 256 * 128 * 4 * 7 / 8
+
+
+@tpu
+@pytest.mark.slow
+def test_miscounted_trips_are_caught(compiled: compile_lib.Compiled, monkeypatch) -> None:
+    """XLA's own mistake, planted: a loop's body counted once."""
+    monkeypatch.setattr(hlo, "trip_count", lambda *_: 1)
+    with pytest.raises(hlo.HloError, match="a loop was miscounted"):
+        planner._account(blank(compiled), compiled)
+
+
+@tpu
+@pytest.mark.slow
+def test_missing_estimates_are_caught(compiled: compile_lib.Compiled) -> None:
+    """A reader that loses the cycles of the products would beat the hardware."""
+    text = compiled.text.replace('"estimated_cycles":"', '"estimated_cycles":"0')
+    shortened = "".join(
+        part if i % 2 == 0 else part[:1] for i, part in enumerate(_split_cycles(text))
+    )
+    with pytest.raises(hlo.HloError, match="estimates are missing"):
+        planner._account(blank(compiled), compiled._replace(text=shortened))
+
+
+def _split_cycles(text: str) -> list[str]:
+    """Text and numbers of cycles in turn."""
+    return re.split(r'(?<="estimated_cycles":")(\d+)', text)
+
+
+@tpu
+@pytest.mark.slow
+def test_half_the_trace_is_caught(compiled: compile_lib.Compiled) -> None:
+    with pytest.raises(hlo.HloError, match="a scan was miscounted"):
+        planner._account(blank(compiled), compiled._replace(model_flops=compiled.model_flops / 2))
+
+
+@tpu
+def test_the_compilers_refusal_is_understood() -> None:
+    device = describe("v5e:2x2").devices[0]
+    place = jax.sharding.SingleDeviceSharding(device)
+    huge = jax.ShapeDtypeStruct((2**16, 2**17), jnp.float32, sharding=place)
+    with pytest.raises(jax.errors.JaxRuntimeError) as caught:
+        jax.jit(lambda x: x + 1).lower(huge).compile()
+    used = compile_lib.out_of_memory(str(caught.value))
+    assert used is not None
+    assert used >= 2 * 2**35 * 0.99  # 32 GiB read and 32 GiB written
+    assert compile_lib.out_of_memory("INTERNAL: something else") is None
+
+
+def test_train_and_plan_run_the_same_function(monkeypatch, tmp_path: Path) -> None:
+    """What ``m2jax train`` jits is what ``plan`` compiles: one function, one program."""
+    experiment = toy.experiment(monkeypatch, steps=1)
+    seen = []
+    assemble = train_main.assemble
+
+    def spy(*args):
+        seen.append(assemble(*args))
+        return seen[-1]
+
+    monkeypatch.setattr(train_main, "assemble", spy)
+    monkeypatch.setattr(compile_lib, "assemble", spy)
+    train_main.run(experiment, tmp_path)
+    machine = planner.Topology("here", CHIPS["v5e"], tuple(jax.devices()[:2]), 1, 2)
+    mesh, task, step = compile_lib.lay_out(experiment, machine)
+    (trained, planned) = (one[1].run for one in seen)
+    assert planned is step.run
+    assert trained.__wrapped__.__code__ is planned.__wrapped__.__code__
+    shapes = compile_lib.batch_shapes(task, experiment, mesh)
+    texts = {run.lower(step.abstract_state, shapes).as_text() for run in (trained, planned)}
+    assert len(texts) == 1
+    assert "tf.aliasing_output" in texts.pop()  # the state is donated
+
+
+def plans(fitting: int):
+    """A planner that fits up to so many rows; memory grows linearly, with a jump."""
+
+    def plan(experiment, machine, *, contrastive=False):
+        rows = experiment.data.batch_size
+        memory = compile_lib.Memory(1, 2, rows, 3 + rows)
+        times = planner.Times(1.0, 1.0, 0.0, 0.5, 0.0) if rows <= fitting else None
+        chip = dataclasses.replace(CHIPS["v5e"], memory=1e15)
+        topology = planner.Topology("toy", chip, tuple(range(8)), 1, 8)
+        return planner.Plan(
+            topology=topology, mesh={"replica": 1, "data": 8, "fsdp": 1, "model": 1},
+            batch_size=rows, memory=memory, compile_seconds=0.0, times=times,
+        )  # fmt: skip
+
+    return plan
+
+
+@pytest.mark.parametrize("fitting", [64, 128, 448, 1000])
+def test_the_largest_batch(monkeypatch, fitting: int) -> None:
+    monkeypatch.setattr(planner, "plan", plans(fitting))
+    small_memory = dataclasses.replace(CHIPS["v5e"], memory=float(fitting))
+    monkeypatch.setattr(
+        planner, "describe", lambda name: planner.Topology(name, small_memory, (), 1, 8)
+    )
+    experiment = config.Experiment(data=config.Data(batch_size=64))
+    tried = planner.largest_batch(experiment, "toy", compiles=20)
+    best = max(one.batch_size for one in tried if one.fits)
+    assert best == fitting // 64 * 64
+    assert len(tried) <= 8
+
+
+def test_columns_of_a_comparison() -> None:
+    assert planner.variants(["mesh.fsdp=8,mesh.model=2", "data.languages=en,zh"]) == [
+        ["mesh.fsdp=8", "mesh.model=2"],
+        ["data.languages=en,zh"],
+    ]
+    with pytest.raises(UserError, match="KEY=VALUE"):
+        planner.variants(["ring"])
+
+
+@tpu
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--topology", "v9:2x2"], "v5p:2x2x1"),
+        (["--topology", "v5e:3x5"], "libtpu refuses it"),
+        (["--topology", "h100:1x2x3"], "HOSTSxGPUS"),
+        (["--topology", "v5e:2x2", "--config.mesh.fsdp=3"], "there are 4"),
+        (["--topology", "v5e:2x2", "--config.data.batch_size=6"], "does not divide over 4"),
+        (["--topology", "v5e:2x2", "--compare", "ring"], "KEY=VALUE"),
+        (["--topology", "v5e:2x2", "--compare", "mesh.fspd=2"], "no such key"),
+        (["--topology", "v5e:2x2", "--largest-batch", "--compare", "mesh.fsdp=2"], "one of them"),
+        (["--topology", "v5e:2x2", "--json", "/no/such/folder/x.json"], "no such folder"),
+    ],
+)
+def test_bad_input_is_one_line(words: list[str], says: str, capsys) -> None:
+    assert command(["plan", "--config", "emoji", *words]) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("topology", "missing", "says"),
+    [("v5p:4x4x8", "libtpu", "m2jax[tpu]"), ("h100:8", "jax_cuda", "m2jax[cuda13]")],
+)
+def test_a_missing_compiler_is_named(topology, missing, says, monkeypatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name.startswith(missing) else find(name)
+    )
+    with pytest.raises(UserError, match=missing.split("_")[0]) as caught:
+        describe(topology)
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(("fitting", "code"), [(10**6, 0), (8, 3)])
+def test_exit_codes_and_json(fitting: int, code: int, monkeypatch, capsys, tmp_path) -> None:
+    monkeypatch.setattr(planner, "plan", plans(fitting))
+    file = tmp_path / "plan.json"
+    words = ["plan", "--config", "emoji", "--topology", "v5e:2x2", "--json", str(file)]
+    assert command(words) == code
+    assert json.loads(file.read_text())["fits"] is (code == 0)
+    assert ("yes" if code == 0 else "NO") in capsys.readouterr().out
+    assert command([*words, "--compare", "data.batch_size=256"]) == code
+    assert len(json.loads(file.read_text())["plans"]) == 2

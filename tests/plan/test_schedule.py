@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The schedule played back: what overlaps what, loops, and the roofline where nothing is told."""
+
+import pytest
+
+from m2jax.dist.topology import CHIPS, Topology
+from m2jax.plan import hlo, schedule, traffic
+from m2jax.plan.collectives import Collective
+
+CHIP = CHIPS["v5p"]  # 1.75 GHz: 1.75e6 cycles are a millisecond
+
+PROGRAM = """\
+%body (s: (s32[], f32[64])) -> (s32[], f32[64]) {
+  %s = (s32[], f32[64]) parameter(0)
+  %x = f32[64] get-tuple-element(%s), index=1
+  %ag = (f32[64], f32[512]) all-gather-start(%x), replica_groups={}, dimensions={0}
+  %work = f32[64] fusion(%x), kind=kLoop, calls=%sine, backend_config={"estimated_cycles":"CYCLES"}
+  %got = f32[512] all-gather-done(%ag)
+  ROOT %next = (s32[], f32[64]) tuple(%x, %work)
+}
+
+%sine (q: f32[64]) -> f32[64] {
+  %q = f32[64] parameter(0)
+  ROOT %sin = f32[64] sine(%q)
+}
+
+%more (c: (s32[], f32[64])) -> pred[] {
+  %c = (s32[], f32[64]) parameter(0)
+  %i = s32[] get-tuple-element(%c), index=0
+  %n = s32[] constant(10)
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main (p: f32[64]) -> f32[64] {
+  %p = f32[64] parameter(0)
+  %zero = s32[] constant(0)
+  %start = (s32[], f32[64]) tuple(%zero, %p)
+  %loop = (s32[], f32[64]) while(%start), condition=%more, body=%body
+  %y = f32[64] get-tuple-element(%loop), index=1
+  ROOT %sum = f32[64] all-reduce(%y), replica_groups={}, to_apply=%sine
+}
+"""
+
+
+def collective(name: str, seconds: float, times: int) -> Collective:
+    return Collective(
+        name=name, kind="all-gather", axis="fsdp", group=8, times=times, sent=seconds, rate=1.0
+    )
+
+
+@pytest.mark.parametrize(
+    ("work_ms", "gather_ms", "total_ms"),
+    [
+        (3, 2, 10 * 3 + 5),  # hidden behind compute
+        (2, 3, 10 * 3 + 5),  # compute is hidden behind it
+        (2, 0, 10 * 2 + 5),
+    ],
+)
+def test_async_overlaps_and_sync_waits(work_ms: int, gather_ms: int, total_ms: int) -> None:
+    module = hlo.parse(PROGRAM.replace("CYCLES", str(int(work_ms * 1.75e6))))
+    found = {"ag": collective("ag", gather_ms / 1e3, 10), "sum": collective("sum", 5e-3, 1)}
+    times = schedule.play(module, CHIP, found, counted=0.459e12)
+    assert times.total == pytest.approx(total_ms / 1e3)
+    assert times.compute == pytest.approx(10 * work_ms / 1e3)
+    assert times.communication == pytest.approx((10 * gather_ms + 5) / 1e3)
+    assert times.floor == pytest.approx(1e-3)
+    assert times.unestimated == 0
+
+
+def test_two_collectives_share_the_links() -> None:
+    """Started together they end one after the other: never two at the full rate."""
+    twice = PROGRAM.replace(
+        "  %work = ",
+        "  %ag2 = (f32[64], f32[512]) all-gather-start(%x), replica_groups={}\n  %work = ",
+    ).replace("%next = ", "%next = ").replace(
+        "  %got = f32[512] all-gather-done(%ag)\n",
+        "  %got = f32[512] all-gather-done(%ag)\n  %got2 = f32[512] all-gather-done(%ag2)\n",
+    )  # fmt: skip
+    module = hlo.parse(twice.replace("CYCLES", "1750000"))
+    found = {n: collective(n, s, 10) for n, s in (("ag", 2e-3), ("ag2", 3e-3), ("sum", 0.0))}
+    assert schedule.play(module, CHIP, found, 0.0).total == pytest.approx(10 * 5e-3)
+
+
+@pytest.mark.parametrize("cycles", ["", '"estimated_cycles":"9223372036854775807"'])
+def test_without_an_estimate_the_roofline_stands_in(cycles: str) -> None:
+    text = PROGRAM.replace('"estimated_cycles":"CYCLES"', cycles)
+    found = {"ag": collective("ag", 0.0, 10), "sum": collective("sum", 0.0, 1)}
+    times = schedule.play(hlo.parse(text), CHIP, found, 0.0)
+    assert times.unestimated == pytest.approx(10 * (256 + 256) / CHIP.memory_rate)
+    assert times.unestimated == times.compute
+
+
+def test_a_slice_of_a_stack_moves_itself_alone() -> None:
+    text = """\
+%fused (stack: f32[100,64], i: s32[]) -> f32[64] {
+  %stack = f32[100,64] parameter(0)
+  %i = s32[] parameter(1)
+  %cut = f32[1,64] dynamic-slice(%stack, %i, %i), dynamic_slice_sizes={1,64}
+  ROOT %flat = f32[64] reshape(%cut)
+}
+
+%write (old: f32[100,64], new: f32[1,64], j: s32[]) -> f32[100,64] {
+  %old = f32[100,64] parameter(0)
+  %new = f32[1,64] parameter(1)
+  %j = s32[] parameter(2)
+  ROOT %put = f32[100,64] dynamic-update-slice(%old, %new, %j, %j)
+}
+
+ENTRY %main (a: f32[100,64], k: s32[]) -> f32[100,64] {
+  %a = f32[100,64] parameter(0)
+  %k = s32[] parameter(1)
+  %read = f32[64] fusion(%a, %k), kind=kLoop, calls=%fused
+  %row = f32[1,64] bitcast(%read)
+  ROOT %written = f32[100,64] fusion(%a, %row, %k), kind=kLoop, calls=%write
+}
+"""
+    module = hlo.parse(text)
+    main = module.computations["main"]
+    moved = {n: traffic.moved(module, main, i) for n, i in main.instructions.items()}
+    assert moved["read"] == 256 + 4 + 256
+    assert moved["written"] == 256 + 4 + 256
+    assert moved["row"] == 0
+
+
+def test_machines_have_links_and_sources() -> None:
+    for kind, chip in CHIPS.items():
+        assert chip.kind == kind
+        assert chip.source
+        assert 1e14 < chip.peak_flops < 1e16
+        assert chip.network_rate < chip.link_rate < chip.memory_rate
+        if chip.clock and chip.clock_known:  # MXUs x 128 x 128 x 2 FLOPs in a cycle
+            assert chip.peak_flops / chip.clock == pytest.approx(
+                {"v4": 8, "v5e": 4, "v5p": 8}[kind] * 2 * 128**2, rel=0.01
+            )
+    assert Topology("x", CHIPS["v4"], (), 1, 4).chip.platform == "tpu"
