@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from m2jax.config import load_config
+from m2jax.config_files import load_config
 from m2jax.dist.mesh import make_mesh
 from m2jax.dist.sharding import batch_sharding
 from m2jax.train.image_text import ImageTextTask

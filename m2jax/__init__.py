@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from m2jax.bundle import Bundle, create_model, list_models, load
     from m2jax.checkpoint.convert.inward import convert
     from m2jax.checkpoint.convert.outward import export
-    from m2jax.config import Experiment, UserError, load_config
+    from m2jax.config import Experiment, UserError
+    from m2jax.config_files import load_config
     from m2jax.data.loader import make_loader
     from m2jax.dist.bootstrap import start
     from m2jax.dist.mesh import make_mesh
@@ -37,7 +38,7 @@ _HOME = {  # public name -> the module that defines it
     "export": "m2jax.checkpoint.convert.outward",
     "list_models": "m2jax.bundle",
     "load": "m2jax.bundle",
-    "load_config": "m2jax.config",
+    "load_config": "m2jax.config_files",
     "make_loader": "m2jax.data.loader",
     "make_mesh": "m2jax.dist.mesh",
     "make_step": "m2jax.train.step",

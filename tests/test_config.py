@@ -9,10 +9,10 @@ from m2jax.config import (
     as_config_dict,
     build,
     from_json,
-    load_config,
     resolve,
     to_json,
 )
+from m2jax.config_files import load_config
 
 
 def test_json_round_trip():

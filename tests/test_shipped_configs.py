@@ -9,7 +9,8 @@ from types import ModuleType
 import pytest
 
 from m2jax.cli.inspect import layout
-from m2jax.config import UserError, load_config
+from m2jax.config import UserError
+from m2jax.config_files import load_config
 from m2jax.dist.sharding import BATCH_AXES
 
 FOLDER = Path(__file__).parent.parent / "configs"

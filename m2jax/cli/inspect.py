@@ -35,7 +35,8 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the table and its sums."""
-    from m2jax.config import UserError, load_config
+    from m2jax.config import UserError
+    from m2jax.config_files import load_config
 
     experiment = load_config(args.config, args.overrides)
     if args.devices < 0:

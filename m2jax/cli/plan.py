@@ -49,7 +49,8 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Plans; 3 when what was asked for does not fit."""
-    from m2jax.config import UserError, load_config
+    from m2jax.config import UserError
+    from m2jax.config_files import load_config
 
     if args.largest_batch and args.compare:
         raise UserError("--largest-batch with --compare: ask for one of them")

@@ -31,7 +31,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Trains."""
-    from m2jax.config import load_config
+    from m2jax.config_files import load_config
     from m2jax.dist.bootstrap import start
     from m2jax.train import main
 

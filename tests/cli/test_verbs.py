@@ -22,6 +22,7 @@ from m2jax.cli import doctor, files
 from m2jax.cli import inspect as inspect_verb
 from m2jax.cli.main import main
 from m2jax.config import UserError
+from m2jax.config_files import load_config
 
 Install = Callable[..., None]
 
@@ -271,7 +272,7 @@ def test_inspect_counts_what_initialisation_makes() -> None:
     from m2jax.dist.sharding import AxisRules
     from m2jax.models import params
 
-    experiment = config.load_config("emoji", ["mesh.fsdp=4", "mesh.model=1"])
+    experiment = load_config("emoji", ["mesh.fsdp=4", "mesh.model=1"])
     lines, sizes = inspect_verb.layout(experiment, 8)
     assert sizes == {"replica": 1, "data": 2, "fsdp": 4, "model": 1}
     model = params.abstract(experiment.model)
@@ -285,7 +286,7 @@ def test_inspect_counts_what_initialisation_makes() -> None:
 
 def test_inspect_lays_out_ten_billion_on_devices_not_here() -> None:
     edits = ["model.name=m2-encoder-10b", "mesh.fsdp=16", "model.width=0"]
-    experiment = config.load_config("emoji", edits)
+    experiment = load_config("emoji", edits)
     lines, _ = inspect_verb.layout(experiment, 256)
     each = {line.name: line for line in lines}["backbone.blocks.A.q.kernel"]
     assert each.shape == (21, 4096, 4096)

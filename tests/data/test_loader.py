@@ -7,7 +7,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from m2jax.config import Mesh, UserError, load_config
+from m2jax.config import Mesh, UserError
+from m2jax.config_files import load_config
 from m2jax.data import loader
 from m2jax.data.image import Preprocess, open_image
 from m2jax.data.text import (

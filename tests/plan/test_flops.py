@@ -10,6 +10,7 @@ import pytest
 
 from m2jax import config
 from m2jax.config import UserError
+from m2jax.config_files import load_config
 from m2jax.dist.mesh import make_mesh
 from m2jax.plan import flops, hlo
 from m2jax.plan.compile import model_flops
@@ -155,4 +156,4 @@ def test_the_sizes_by_hand() -> None:
 
 def test_bad_policies_are_refused() -> None:
     with pytest.raises(UserError, match="attention"):
-        config.load_config("emoji", ["model.remat=some"])
+        load_config("emoji", ["model.remat=some"])

@@ -8,6 +8,7 @@ import numpy as np
 import sentencepiece  # noqa: F401  (its C++ types warn when first imported inside a test)
 
 from m2jax import config
+from m2jax.config_files import load_config
 from m2jax.data import loader
 from m2jax.data.image import Preprocess
 from m2jax.data.text import SentencePieceTokenizer, train_tokenizer
@@ -49,7 +50,7 @@ def experiment(monkeypatch, **train):
     """
     monkeypatch.setitem(loader.SOURCES, "toy", ToySource)
     monkeypatch.setattr(main, "make_mesh", lambda spec: make_mesh(spec, jax.devices()[:2]))
-    base = config.load_config("emoji")
+    base = load_config("emoji")
     model = config.Model(
         width=16,
         heads=2,
