@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from m2jax.dist.topology import Topology
-from m2jax.plan.hlo import HloError, Instruction, Module, Visit
+from m2jax.plan.hlo import HloError, Instruction, Module
+from m2jax.plan.loops import Visit
 
 KINDS = (
     "all-gather",
@@ -69,7 +70,7 @@ def collectives(
     """Collectives by instruction name.
 
     Args:
-        visits: ``hlo.walk`` of the program.
+        visits: ``loops.walk`` of the program.
         topology: the machine; its devices stand in the order of the mesh.
         axes: sizes of the mesh axes in their order.
 

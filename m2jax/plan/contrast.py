@@ -14,7 +14,7 @@ from m2jax.config import Experiment, UserError
 from m2jax.dist.sharding import batch_sharding, replicated
 from m2jax.dist.topology import Topology, uncached
 from m2jax.losses.contrastive import contrastive_loss
-from m2jax.plan import collectives, hlo
+from m2jax.plan import collectives, hlo, loops
 from m2jax.plan.compile import out_of_memory
 
 
@@ -63,6 +63,7 @@ def _cost(impl: str, experiment: Experiment, topology: Topology, mesh: Mesh) -> 
             raise
         return Cost(impl, None, 0.0, f"needs {used / 2**30:,.0f} GiB" if used else "does not fit")
     module = hlo.parse(compiled.as_text() or "")
-    found = collectives.collectives(hlo.walk(module), topology, dict(mesh.shape))
+    found = collectives.collectives(loops.walk(module), topology, dict(mesh.shape))
     sent = sum(one.sent * one.times for one in found.values())
-    return Cost(impl, compiled.memory_analysis().temp_size_in_bytes, sent)
+    analysis: Any = compiled.memory_analysis()
+    return Cost(impl, analysis.temp_size_in_bytes, sent)

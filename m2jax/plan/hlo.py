@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads an optimised HLO module's text and walks it as it runs: loops count their iterations.
+"""Reads the text of an optimised HLO module.
 
-XLA's own cost analysis counts the body of a loop once, so every number here comes from ``walk``,
-which multiplies by trip counts instead. The text is public (``Compiled.as_text``); its grammar is
-that of the XLA release that wrote it, so whatever is not understood raises ``HloError``.
+The text is public (``Compiled.as_text``); its grammar is that of the XLA release that wrote it, so
+whatever is not understood raises ``HloError``.
 """
 
 from __future__ import annotations
@@ -104,15 +103,6 @@ class Module:
     entry: str
 
 
-class Visit(NamedTuple):
-    """An instruction as it runs."""
-
-    instruction: Instruction
-    computation: Computation
-    times: int  # runs per call of the program
-    inside: str  # name of the fusion it is part of, "" outside of one
-
-
 def parse(text: str) -> Module:
     """Reads a module.
 
@@ -197,145 +187,3 @@ def _matching(text: str, start: int) -> int:
         if not depth:
             return index
     raise HloError(f"unbalanced parentheses: {text[start : start + 120]!r}")
-
-
-def walk(module: Module, loops: dict[str, int] | None = None) -> Iterator[Visit]:
-    """Every instruction that runs, with how often; the inside of fusions included.
-
-    The branches of a conditional all count: an upper bound. ``loops`` collects trip counts by name.
-
-    Raises:
-        HloError: a loop whose number of iterations cannot be told.
-    """
-    entry = module.computations[module.entry]
-    yield from _walk(module, entry, 1, "", {}, {} if loops is None else loops)
-
-
-def _walk(
-    module: Module,
-    computation: Computation,
-    times: int,
-    inside: str,
-    outer: dict[int, Instruction],
-    loops: dict[str, int],
-) -> Iterator[Visit]:
-    for instruction in computation.instructions.values():
-        yield Visit(instruction, computation, times, inside)
-        if instruction.opcode == "while":
-            trips = loops[instruction.name] = trip_count(module, computation, instruction, outer)
-            initial = loop_values(computation, instruction, outer)
-            for role, name in instruction.called:
-                count = trips if role == "body" else trips + 1
-                yield from _walk(
-                    module, module.computations[name], times * count, inside, initial, loops
-                )
-            continue
-        within = instruction.name if instruction.opcode == "fusion" else inside
-        for role, name in instruction.called:
-            if role == "to_apply" and instruction.opcode not in ("call", "call-start"):
-                continue  # the scalar function of a reduction
-            yield from _walk(module, module.computations[name], times, within, {}, loops)
-
-
-def trip_counts(module: Module) -> dict[str, int]:
-    """Iterations of every loop that runs, by its name."""
-    found: dict[str, int] = {}
-    for visit in walk(module, found):
-        del visit
-    return found
-
-
-def loop_values(
-    computation: Computation, loop: Instruction, outer: dict[int, Instruction]
-) -> dict[int, Instruction]:
-    """What enters a loop at each index of its tuple, where it can be traced to an instruction."""
-    start = computation.instructions[loop.operands[0]]
-    if start.opcode != "tuple":
-        return {}
-    values = {}
-    for index, name in enumerate(start.operands):
-        source = _source(computation, name, outer)
-        if source is not None:
-            values[index] = source
-    return values
-
-
-def _source(
-    computation: Computation, name: str, outer: dict[int, Instruction]
-) -> Instruction | None:
-    """The instruction behind copies, bitcasts and what a loop carries unchanged."""
-    instruction = computation.instructions.get(name)
-    while instruction is not None:
-        if instruction.opcode in ("copy", "bitcast", "copy-done", "copy-start", "reshape"):
-            instruction = computation.instructions.get(instruction.operands[0])
-        elif instruction.opcode == "get-tuple-element":
-            of = computation.instructions[instruction.operands[0]]
-            index = int(re.search(r"index=(\d+)", instruction.attributes)[1])  # type: ignore[index]
-            if of.opcode == "parameter":
-                return outer.get(index)
-            if of.opcode not in ("tuple",):
-                return instruction
-            instruction = computation.instructions.get(of.operands[index])
-        else:
-            return instruction
-    return None
-
-
-def trip_count(
-    module: Module, computation: Computation, loop: Instruction, outer: dict[int, Instruction]
-) -> int:
-    """Iterations of a loop ``i = start; while i < bound; i += 1``.
-
-    The compiler's ``known_trip_count`` where it is given; else the bound in the condition, which
-    may be a constant there or one that the loop carries.
-
-    Raises:
-        HloError: neither can be found.
-    """
-    if loop.trips is not None:
-        return loop.trips
-    condition = module.computations[dict(loop.called)["condition"]]
-    initial = loop_values(computation, loop, outer)
-    compare = _comparison(module, condition)
-    if compare is not None:
-        sides = [_value(condition, name, initial) for name in compare[1]]
-        first, bound = sides
-        direction = compare[0]
-        if first is not None and bound is not None:
-            if direction == "LT":
-                return max(bound - first, 0)
-            if direction == "GT":  # bound > i, written the other way round
-                return max(first - bound, 0)
-    raise HloError(
-        f"loop {loop.name}: its number of iterations is neither known nor a compared constant"
-    )
-
-
-def _comparison(module: Module, condition: Computation) -> tuple[str, tuple[str, ...]] | None:
-    """Direction and operands of a condition, also where it is one fusion."""
-    root = condition.root
-    if root.opcode == "compare":
-        return re.search(r"direction=(\w+)", root.attributes)[1], root.operands  # type: ignore[index]
-    if root.opcode == "fusion":
-        inner = module.computations[root.called[0][1]]
-        if inner.root.opcode == "compare":
-            direction = re.search(r"direction=(\w+)", inner.root.attributes)[1]  # type: ignore[index]
-            names = []
-            for name in inner.root.operands:
-                operand = inner.instructions[name]
-                if operand.opcode == "parameter":
-                    names.append(root.operands[int(operand.arguments)])
-                elif operand.opcode == "constant":
-                    condition.instructions[operand.name] = operand
-                    names.append(operand.name)
-                else:
-                    return None
-            return direction, tuple(names)
-    return None
-
-
-def _value(condition: Computation, name: str, initial: dict[int, Instruction]) -> int | None:
-    source = _source(condition, name, initial)
-    if source is None or source.opcode != "constant":
-        return None
-    return int(source.arguments)

@@ -10,7 +10,7 @@ from m2jax.config import Experiment, UserError
 from m2jax.dist.sharding import BATCH_AXES
 from m2jax.dist.topology import Topology, describe
 from m2jax.plan import collectives as collectives_lib
-from m2jax.plan import contrast, flops, hlo, schedule, traffic
+from m2jax.plan import contrast, flops, hlo, loops, schedule, traffic
 from m2jax.plan.collectives import Collective
 from m2jax.plan.compile import Compiled, Memory, compile_step
 from m2jax.plan.contrast import Cost
@@ -104,7 +104,7 @@ def plan(experiment: Experiment, topology: str | Topology, *, contrastive: bool 
 def _account(result: Plan, compiled: Compiled) -> Plan:
     """Counts FLOPs, bytes and seconds of a compiled program, and checks the counting."""
     module = hlo.parse(compiled.text)
-    visits = list(hlo.walk(module))
+    visits = list(loops.walk(module))
     found = collectives_lib.collectives(visits, result.topology, result.mesh)
     missed = collectives_lib.in_text(module) - set(found)
     if missed:

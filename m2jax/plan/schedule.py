@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from m2jax.dist.topology import Chip
-from m2jax.plan import flops, hlo, traffic
+from m2jax.plan import flops, hlo, loops, traffic
 from m2jax.plan.collectives import Collective, kind_of
 
 NO_ESTIMATE = 2**40  # cycles; libtpu writes numbers near 2^63 where it has no estimate
@@ -49,7 +49,7 @@ class _Player:
     def __init__(self, module: hlo.Module, chip: Chip, collectives: dict[str, Collective]):
         self.module, self.chip, self.collectives = module, chip, collectives
         self.known: dict[str, Times] = {}
-        self.trips = hlo.trip_counts(module)
+        self.trips = loops.trip_counts(module)
 
     def computation(self, name: str) -> Times:
         """One run of a computation."""

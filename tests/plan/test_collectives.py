@@ -12,7 +12,7 @@ from m2jax import config
 from m2jax.dist.mesh import AXES, make_mesh
 from m2jax.dist.topology import CHIPS, Topology
 from m2jax.plan import collectives as lib
-from m2jax.plan import hlo
+from m2jax.plan import hlo, loops
 
 SIZES = {"replica": 1, "data": 2, "fsdp": 4, "model": 1}
 
@@ -38,7 +38,7 @@ def compiled(function, axes, shape=(64, 32), *, out=None):
 
 
 def found(module: hlo.Module) -> list[lib.Collective]:
-    result = lib.collectives(hlo.walk(module), machine(), SIZES)
+    result = lib.collectives(loops.walk(module), machine(), SIZES)
     assert set(result) == lib.in_text(module)
     return list(result.values())
 
@@ -117,15 +117,15 @@ def test_a_collective_that_no_call_reaches_is_noticed() -> None:
     """The reader's self-check: drop one call, and the text still names the collective."""
     step = lambda x, _: (jnp.sin(jax.lax.psum(x, "fsdp")), None)  # noqa: E731
     module = compiled(lambda x: jax.lax.scan(step, x, None, length=3)[0], BATCH)
-    loops = [
+    whiles = [
         (c, i)
         for c in module.computations.values()
         for i in c.instructions.values()
         if i.opcode == "while"
     ]
-    for computation, loop in loops:
+    for computation, loop in whiles:
         del computation.instructions[loop.name]
-    reached = lib.collectives(hlo.walk(module), machine(), SIZES)
+    reached = lib.collectives(loops.walk(module), machine(), SIZES)
     assert lib.in_text(module) - set(reached)
 
 

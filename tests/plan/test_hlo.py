@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from m2jax.plan import hlo
+from m2jax.plan import hlo, loops
 
 LOOP = """\
 HloModule toy, is_scheduled=true
@@ -25,9 +25,14 @@ HloModule toy, is_scheduled=true
 
 %inner_body (state.1: (s32[], s32[], f32[8,4])) -> (s32[], s32[], f32[8,4]) {
   %state.1 = (s32[], s32[], f32[8,4]{1,0}) parameter(0)
+  %j = s32[] get-tuple-element(%state.1), index=0
+  %one = s32[] constant(1)
+  %up = s32[] add(%j, %one)
+  %kept = s32[] get-tuple-element(%state.1), index=1
   %x = f32[8,4]{1,0} get-tuple-element(%state.1), index=2
-  ROOT %kernel = (s32[], s32[], f32[8,4]{1,0}) custom-call(%x), custom_call_target="kernel", \
+  %kernel = f32[8,4]{1,0} custom-call(%x), custom_call_target="kernel", \
 backend_config={"body":"}{ ) (", "estimated_cycles":"7"}
+  ROOT %next = (s32[], s32[], f32[8,4]{1,0}) tuple(%up, %kept, %kernel)
 }
 
 ENTRY %main (p: f32[8,4]) -> f32[8,4] {
@@ -44,17 +49,17 @@ body=%inner_body
 
 
 def test_a_bound_that_the_loop_carries_is_found() -> None:
-    times = {v.instruction.name: v.times for v in hlo.walk(hlo.parse(LOOP))}
+    times = {v.instruction.name: v.times for v in loops.walk(hlo.parse(LOOP))}
     assert times["kernel"] == 6
     assert times["less"] == 7
     assert times["out"] == 1
-    assert hlo.trip_counts(hlo.parse(LOOP)) == {"loop": 6}
+    assert loops.trip_counts(hlo.parse(LOOP)) == {"loop": 6}
 
 
 def test_payloads_do_not_end_a_computation() -> None:
     """A kernel's payload may hold braces and parentheses; a naive reader stops inside it."""
     module = hlo.parse(LOOP)
-    kernel = module.computations["inner_body"].root
+    kernel = module.computations["inner_body"].instructions["kernel"]
     assert kernel.cycles == 7
     assert kernel.opcode == "custom-call"
     assert module.entry == "main"
@@ -76,7 +81,9 @@ def test_arrays_and_where_they_lie() -> None:
     ("old", "new", "words"),
     [
         ("direction=LT", "direction=NE", "number of iterations"),
-        ("constant(6)", "custom-call(%p)", "number of iterations"),
+        ("constant(6)", "custom-call(%p)", "no constant"),
+        ("constant(1)", "constant(2)", "number of iterations"),  # counts by two
+        ("tuple(%up, %kept,", "tuple(%up, %up,", "number of iterations"),  # the bound moves
         ("ENTRY %main", "%main", "no ENTRY"),
         ("%zero = s32[] constant(0)", "%zero : constant", "not an instruction"),
         ("f32[8,4]{1,0:T(8,128)S(1)} parameter", "f99[8,4] parameter", "unknown element type"),
@@ -85,14 +92,14 @@ def test_arrays_and_where_they_lie() -> None:
 def test_what_is_not_understood_is_refused(old: str, new: str, words: str) -> None:
     assert old in LOOP
     with pytest.raises(hlo.HloError, match=words):
-        list(hlo.walk(hlo.parse(LOOP.replace(old, new))))
+        list(loops.walk(hlo.parse(LOOP.replace(old, new))))
 
 
 def test_known_trip_counts_come_first() -> None:
     known = LOOP.replace(
         "body=%inner_body", 'body=%inner_body, backend_config={"known_trip_count":{"n":"3"}}'
     )
-    assert hlo.trip_counts(hlo.parse(known)) == {"loop": 3}
+    assert loops.trip_counts(hlo.parse(known)) == {"loop": 3}
 
 
 @pytest.mark.parametrize(("outer", "inner"), [(5, 1), (3, 4), (1, 7)])
@@ -108,5 +115,5 @@ def test_nested_scans_of_a_real_program(outer: int, inner: int) -> None:
 
     shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((16, 32), (inner, 32, 32))]
     text = jax.jit(f).lower(*shapes).compile().as_text()
-    sines = [v for v in hlo.walk(hlo.parse(text)) if v.instruction.opcode == "sine"]
+    sines = [v for v in loops.walk(hlo.parse(text)) if v.instruction.opcode == "sine"]
     assert sum(v.times * v.instruction.arrays[0].size for v in sines) == outer * inner * 16 * 32

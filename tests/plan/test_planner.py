@@ -17,7 +17,7 @@ from m2jax.config import UserError
 from m2jax.dist.mesh import make_mesh
 from m2jax.dist.topology import CHIPS, describe
 from m2jax.plan import compile as compile_lib
-from m2jax.plan import contrast, hlo, planner, report
+from m2jax.plan import contrast, hlo, loops, planner, report
 from m2jax.train import main as train_main
 from tests.train import toy
 
@@ -110,7 +110,7 @@ def test_every_form_of_the_loss_is_compiled_alone() -> None:
 @pytest.mark.slow
 def test_miscounted_trips_are_caught(compiled: compile_lib.Compiled, monkeypatch) -> None:
     """XLA's own mistake, planted: a loop's body counted once."""
-    monkeypatch.setattr(hlo, "trip_count", lambda *_: 1)
+    monkeypatch.setattr(loops, "trip_count", lambda *_: 1)
     with pytest.raises(hlo.HloError, match="a loop was miscounted"):
         planner._account(blank(compiled), compiled)
 
