@@ -44,6 +44,7 @@ class Layerwise(nnx.Module):
         state = nnx.to_pure_dict(nnx.state(self.encoder))
         encoded = Encoded(tokens, tokens[None])
         for layer in range(self.encoder.depth):
+            assert encoded.layers is not None  # captured
             weights = state | {"blocks": _widened(state["blocks"], layer)}
             encoded = _run(self.single, split, weights, encoded.layers[0], token_mask)
         return Encoded(encoded.tokens, None)
