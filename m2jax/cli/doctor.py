@@ -102,6 +102,9 @@ def _devices() -> Check:
     try:
         import jax
 
+        from m2jax.dist.host import load_devices
+
+        load_devices()
         devices = jax.devices()
     except (RuntimeError, ImportError) as error:
         return Check("devices", False, str(error).splitlines()[0], mend, required=True)

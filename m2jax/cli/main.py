@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from m2jax import __version__
 from m2jax.cli import convert, data, doctor, embed, evaluate, inspect, plan, train
 from m2jax.cli.terminal import printable
-from m2jax.dist.host import expect_no_tpu, has_tpu, restart_with_huge_pages
+from m2jax.dist.host import restart_with_huge_pages
 
 # Each has add_parser(subparsers) and run(args) -> exit code. None imports jax before it runs.
 VERBS = (doctor, data, train, evaluate, embed, convert, inspect, plan)
@@ -34,8 +34,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     if argv is None and sys.argv[1:2] in (["train"], ["eval"], ["embed"]):
         restart_with_huge_pages()
-    if not has_tpu():
-        expect_no_tpu()
     words, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
     args = build_parser().parse_args(words)
     if overrides and not hasattr(args, "config"):

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 TUNABLE = "GLIBC_TUNABLES"
@@ -31,13 +33,36 @@ def has_tpu(devices: Path = PCI) -> bool:
     return any(file.read_text().strip() == GOOGLE for file in devices.glob("*/vendor"))
 
 
-def expect_no_tpu() -> None:
-    """Tells libtpu, should jax load it, that there is no TPU to look for.
+NO_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several processes may compile: none opens a device
+}
 
-    Without these it asks a metadata server which TPU it is on and complains on the terminal; the
-    last lets several processes compile at a time, since none opens a device.
+
+@contextlib.contextmanager
+def no_tpu() -> Iterator[None]:
+    """Tells libtpu, which is loaded inside this block, that there is no TPU to look for.
+
+    Without it libtpu asks a metadata server which TPU it is on and complains on the terminal. The
+    variables go again at the end: jax takes some for those of a TPU pod when it looks for others.
     """
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    new = [name for name in NO_TPU if name not in os.environ]
+    os.environ.update({name: NO_TPU[name] for name in new})
+    try:
+        yield
+    finally:
+        for name in new:
+            os.environ.pop(name, None)
+
+
+def load_devices() -> None:
+    """Loads jax's devices, quietly where libtpu is installed and no TPU is there.
+
+    Comes after the processes of a run have found each other.
+    """
+    import jax
+
+    with contextlib.nullcontext() if has_tpu() else no_tpu():
+        jax.devices()

@@ -20,7 +20,7 @@ from jax.experimental import topologies
 
 from m2jax.config import UserError
 from m2jax.dist import gpu_target
-from m2jax.dist.host import expect_no_tpu
+from m2jax.dist.host import no_tpu
 
 GIB = 2**30
 
@@ -135,11 +135,11 @@ def _tpu(name: str, chip: Chip, shape: str, slices: int) -> tuple[Any, ...]:
             f"--topology {name}: compiling for TPUs needs the package libtpu, for Linux on x86-64: "
             "pip install 'm2jax[tpu]'"
         )
-    expect_no_tpu()
     try:
-        found = topologies.get_topology_desc(
-            platform="tpu", topology_name=f"{chip.kind}:{shape}", num_slices=slices
-        )
+        with no_tpu():
+            found = topologies.get_topology_desc(
+                platform="tpu", topology_name=f"{chip.kind}:{shape}", num_slices=slices
+            )
         return tuple(found.devices)
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]

@@ -14,7 +14,8 @@ Modelled, not measured: the compiler's schedule played back. Compute takes libtp
 (FLOPs / peak or bytes / memory rate, whichever is longer, where there are none). A collective runs
 beside compute only between the start and the done that the compiler wrote, over both directions of
 every torus dimension that its group spans (or all of NVLink, or the network). Left out: latency,
-stragglers, contention for memory, host work, input. Both branches of conditionals are counted."""
+stragglers, contention for memory, host work, input. Every branch of a conditional is counted, the
+longest is timed."""
 
 
 def table(plans: Sequence[Plan], titles: Sequence[str]) -> str:

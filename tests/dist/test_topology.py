@@ -2,6 +2,7 @@
 """Described machines: names, devices, what libtpu is told, and the text of a GPU."""
 
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -53,13 +54,24 @@ def test_a_gpu_described() -> None:
     } - {'"NVIDIA'}  # fmt: skip
 
 
-def test_libtpu_is_told_only_where_nobody_did(monkeypatch) -> None:
+def test_libtpu_is_told_only_where_nobody_did_and_only_while_it_loads(monkeypatch) -> None:
     monkeypatch.setenv("TPU_ACCELERATOR_TYPE", "v6e-8")
-    for name in ("TPU_SKIP_MDS_QUERY", "TPU_WORKER_HOSTNAMES", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
+    for name in set(host.NO_TPU) - {"TPU_ACCELERATOR_TYPE"}:
         monkeypatch.delenv(name, raising=False)
-    host.expect_no_tpu()
-    assert host.os.environ["TPU_ACCELERATOR_TYPE"] == "v6e-8"
-    assert host.os.environ["TPU_WORKER_HOSTNAMES"] == "localhost"
+    before = dict(os.environ)
+    with host.no_tpu():
+        assert {**host.NO_TPU, "TPU_ACCELERATOR_TYPE": "v6e-8"}.items() <= os.environ.items()
+    assert dict(os.environ) == before
+
+
+@tpu
+def test_devices_load_quietly_where_libtpu_finds_no_tpu() -> None:
+    code = "from m2jax.dist.host import load_devices; load_devices(); import jax; jax.devices()"
+    environ = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_a_tpu_is_a_pci_device(tmp_path: Path) -> None:

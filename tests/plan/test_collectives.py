@@ -155,3 +155,27 @@ def test_rates_follow_the_links_a_group_spans(group, slices, rate) -> None:
 
 def test_every_kind_is_spelt_as_hlo_does() -> None:
     assert all(re.fullmatch(r"[a-z-]+", kind) for kind in lib.KINDS)
+
+
+@pytest.mark.parametrize(
+    ("line", "computation", "kind", "sent"),
+    [
+        # (operands, results): the results are what is gathered
+        ("(f32[4], bf16[8], f32[16], bf16[32]) all-gather-start(%p, %q)", "main", "all-gather",
+         (16 * 4 + 32 * 2) * 3 / 4),
+        ("f32[16] all-reduce-start(%p)", "main", "all-reduce", 2 * 64 * 3 / 4),
+        ("(f32[16], f32[16], u32[], u32[]) collective-permute-start(%p)", "main",
+         "collective-permute", 64),
+        ("f32[4] reduce-scatter(%p)", "main", "reduce-scatter", 64 * 3 / 4),
+        # how libtpu writes a fused reduce-scatter: the whole goes in
+        ("f32[16] all-reduce(%p)", "all-reduce-scatter.3", "reduce-scatter", 64 * 3 / 4),
+    ],
+)  # fmt: skip
+def test_forms_that_compilers_write(line, computation, kind, sent) -> None:
+    groups = "source_target_pairs={{0,1},{1,0}}" if "permute" in line else "replica_groups={}"
+    text = f"ENTRY %{computation} (p: f32[16]) -> f32[4] {{\n  ROOT %r = {line}, {groups}\n}}"
+    module = hlo.parse(text)
+    machine_of_four = machine()._replace(devices=machine().devices[:4])
+    found = lib.collectives(loops.walk(module), machine_of_four, {**SIZES, "data": 1})
+    (one,) = found.values()
+    assert (one.kind, one.sent) == (kind, sent)

@@ -18,8 +18,6 @@ from m2jax.dist.mesh import make_mesh
 from m2jax.dist.topology import CHIPS, describe
 from m2jax.plan import compile as compile_lib
 from m2jax.plan import contrast, hlo, loops, planner, report
-from m2jax.train import main as train_main
-from tests.train import toy
 
 tpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
@@ -150,30 +148,6 @@ def test_the_compilers_refusal_is_understood() -> None:
     assert used is not None
     assert used >= 2 * 2**35 * 0.99  # 32 GiB read and 32 GiB written
     assert compile_lib.out_of_memory("INTERNAL: something else") is None
-
-
-def test_train_and_plan_run_the_same_function(monkeypatch, tmp_path: Path) -> None:
-    """What ``m2jax train`` jits is what ``plan`` compiles: one function, one program."""
-    experiment = toy.experiment(monkeypatch, steps=1)
-    seen = []
-    assemble = train_main.assemble
-
-    def spy(*args):
-        seen.append(assemble(*args))
-        return seen[-1]
-
-    monkeypatch.setattr(train_main, "assemble", spy)
-    monkeypatch.setattr(compile_lib, "assemble", spy)
-    train_main.run(experiment, tmp_path)
-    machine = planner.Topology("here", CHIPS["v5e"], tuple(jax.devices()[:2]), 1, 2)
-    mesh, task, step = compile_lib.lay_out(experiment, machine)
-    (trained, planned) = (one[1].run for one in seen)
-    assert planned is step.run
-    assert trained.__wrapped__.__code__ is planned.__wrapped__.__code__
-    shapes = compile_lib.batch_shapes(task, experiment, mesh)
-    texts = {run.lower(step.abstract_state, shapes).as_text() for run in (trained, planned)}
-    assert len(texts) == 1
-    assert "tf.aliasing_output" in texts.pop()  # the state is donated
 
 
 def plans(fitting: int):
