@@ -42,12 +42,12 @@ class Layerwise(nnx.Module):
     ) -> Encoded:
         """The last layer's output, normed; of no layer does anything else stay."""
         state = nnx.to_pure_dict(nnx.state(self.encoder))
-        encoded = Encoded(tokens, tokens[None])
+        normed = tokens
         for layer in range(self.encoder.depth):
             assert encoded.layers is not None  # captured
             weights = state | {"blocks": _widened(state["blocks"], layer)}
-            encoded = _run(self.single, split, weights, encoded.layers[0], token_mask)
-        return Encoded(encoded.tokens, None)
+            normed, tokens = _run(self.single, split, weights, tokens, token_mask)
+        return Encoded(normed, None)
 
 
 def bind(graph: nnx.GraphDef, params: Params) -> M2Encoder:
@@ -66,5 +66,9 @@ def _widened(blocks: Params, layer: jax.Array) -> Params:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _run(graph: nnx.GraphDef, split: int, params: Params, tokens: jax.Array, mask: Any) -> Encoded:
-    return nnx.merge(graph, params)(tokens, split=split, token_mask=mask, capture=True)
+def _run(
+    graph: nnx.GraphDef, split: int, params: Params, tokens: jax.Array, mask: Any
+) -> tuple[jax.Array, jax.Array]:
+    """The layer's output: normed as if it were the last, and as the next layer takes it."""
+    encoded = nnx.merge(graph, params)(tokens, split=split, token_mask=mask, capture=True)
+    return encoded.tokens, encoded.layers[0]
