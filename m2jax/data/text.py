@@ -7,7 +7,7 @@ import base64
 import importlib
 import io
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import sentencepiece as spm
@@ -36,6 +36,7 @@ def padded(lines: Sequence[Sequence[int]], length: int, pad: int) -> Tokens:
     return Tokens(ids, mask)
 
 
+@runtime_checkable  # the tests check types as they run
 class Tokenizer(Protocol):
     """Texts to token ids; each kind of ``to_dict`` has its line in ``tokenizer_from_dict``."""
 

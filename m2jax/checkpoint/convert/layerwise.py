@@ -44,7 +44,6 @@ class Layerwise(nnx.Module):
         state = nnx.to_pure_dict(nnx.state(self.encoder))
         normed = tokens
         for layer in range(self.encoder.depth):
-            assert encoded.layers is not None  # captured
             weights = state | {"blocks": _widened(state["blocks"], layer)}
             normed, tokens = _run(self.single, split, weights, tokens, token_mask)
         return Encoded(normed, None)
@@ -71,4 +70,5 @@ def _run(
 ) -> tuple[jax.Array, jax.Array]:
     """The layer's output: normed as if it were the last, and as the next layer takes it."""
     encoded = nnx.merge(graph, params)(tokens, split=split, token_mask=mask, capture=True)
+    assert encoded.layers is not None  # captured
     return encoded.tokens, encoded.layers[0]
