@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
 from m2jax.config import Optim
-from m2jax.dist.sharding import BATCH_AXES, replicated
+from m2jax.dist.sharding import replicated
 
 DECAYED = "decayed"  # matrices and tables: weight decay
 PLAIN = "plain"  # scales, biases, norms, single tokens: no decay
@@ -157,13 +156,10 @@ def _muon(cfg: Optim, schedule: optax.Schedule) -> optax.GradientTransformation:
 def state_shardings(
     transform: optax.GradientTransformation, params: Any, shardings: Any, mesh: jax.sharding.Mesh
 ) -> Any:
-    """Places of the optimiser state.
+    """Places of the optimiser state: a moment lies where its parameter lies, the rest everywhere.
 
-    A moment lies where its parameter lies. If that is whole on every device, the moment is shared
-    out over the batch axes along its first axis, where that divides (ZeRO stage 1, Rajbhandari et
-    al. 2020): devices then share the work of an update too, which Muon's matrix products make worth
-    it. The rest of the state is everywhere. A leaf of the state belongs to the parameter whose
-    dotted path ends its own, if the shapes agree.
+    Without this ``jax.jit`` would replicate every moment on its own. A leaf of
+    the state belongs to the parameter whose dotted path ends its own, if the shapes agree.
     """
     by_path = {
         tuple(map(str, path)): (leaf.shape, place)
@@ -172,16 +168,13 @@ def state_shardings(
         )
     }
     longest = max(map(len, by_path))
-    devices = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    shared = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(BATCH_AXES))
 
     def place(path: tuple, leaf: Any) -> Any:
         keys = tuple(map(str, path))
         for length in range(min(longest, len(keys)), 0, -1):
             found = by_path.get(keys[-length:])
             if found and found[0] == leaf.shape:
-                divides = leaf.shape and leaf.shape[0] % devices == 0
-                return shared if divides and found[1].is_fully_replicated else found[1]
+                return found[1]
         return replicated(mesh)
 
     return jax.tree_util.tree_map_with_path(place, jax.eval_shape(transform.init, params))

@@ -73,36 +73,3 @@ def test_moments_lie_where_their_parameters_lie(name):
         if shape.shape == (2, 16, 64) and name != "adafactor":
             assert place.spec == jax.sharding.PartitionSpec(None, "fsdp", "model")
     jax.jit(rule.init, out_shardings=found).lower(model.params)
-
-
-def test_moments_of_whole_parameters_are_shared_out():
-    mesh = make_mesh(Mesh(data=2), jax.devices()[:2])
-    model = params_lib.abstract(TINY)
-    places = params_lib.shardings(model, mesh, AxisRules())
-    rule = optim.make_optimizer(Optim(name="muon"), 10).transform
-    found = optim.state_shardings(rule, model.params, places, mesh)
-    for shape, place in zip(
-        jax.tree.leaves(jax.eval_shape(rule.init, model.params)),
-        jax.tree.leaves(found),
-        strict=True,
-    ):
-        divides = bool(shape.shape) and shape.shape[0] % 2 == 0
-        assert place.is_fully_replicated != divides, shape
-
-
-def test_shared_out_moments_give_the_same_update():
-    """Orthogonalised where its shard lies, a matrix moves as it does on one device."""
-    mesh = make_mesh(Mesh(data=2), jax.devices()[:2])
-    model = params_lib.abstract(TINY)
-    places = params_lib.shardings(model, mesh, AxisRules())
-    rule = optim.make_optimizer(Optim(name="muon", warmup_steps=0), 10).transform
-    moments = optim.state_shardings(rule, model.params, places, mesh)
-    params = params_lib.initialise(TINY, jax.random.key(0))
-    grads = params_lib.initialise(TINY, jax.random.key(1))
-    alone, _ = jax.jit(rule.update)(grads, rule.init(params), params)
-    shared = jax.jit(
-        rule.update, in_shardings=(places, moments, places), out_shardings=(places, moments)
-    )
-    together, _ = shared(grads, rule.init(params), params)
-    for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(together), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6 * float(jnp.abs(a).max()))
