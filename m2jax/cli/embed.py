@@ -40,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
 
     from m2jax import bundle
     from m2jax.config import UserError
+    from m2jax.dist.host import load_devices
 
     if args.out.suffix != ".npz":
         raise UserError(f"--out {args.out}: not an .npz file: end the name in .npz")
@@ -47,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--batch-size {args.batch_size}: must be at least 1")
     files.check_parent(args.out, "--out")
     items = image_files(args.images) if args.images else text_lines(args.texts)
+    load_devices()
     model = bundle.load(args.model)
     encode = _encode_images if args.images else _encode_texts
     size = min(args.batch_size, len(items))

@@ -31,6 +31,7 @@ def run(args: argparse.Namespace) -> int:
     """Scores, prints the table, writes the figures."""
     from m2jax import bundle
     from m2jax.config import UserError
+    from m2jax.dist.host import load_devices
     from m2jax.eval import runner
 
     languages = tuple(part for part in args.languages.split(",") if part)
@@ -38,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--languages: names no language: write en,zh")
     if args.json:
         files.check_parent(args.json, "--json")
+    load_devices()
     metrics = runner.evaluate(
         bundle.load(args.model), suite=args.suite, data_dir=args.data, languages=languages
     )

@@ -9,6 +9,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from m2jax.cli import files
+
 DOES_NOT_FIT = 3
 
 
@@ -54,8 +56,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.largest_batch and args.compare:
         raise UserError("--largest-batch with --compare: ask for one of them")
-    if args.json and not args.json.parent.is_dir():
-        raise UserError(f"--json {args.json}: no such folder: make it, or name another file")
+    if args.json:
+        files.check_parent(args.json, "--json")
     compile_only()
     from m2jax.plan import planner, report
 
@@ -79,7 +81,11 @@ def run(args: argparse.Namespace) -> int:
         found = f"{answer.batch_size:,}" if answer.fits else "none of those tried"
         print(f"\nlargest batch that fits: {found}")
     if args.json:
-        _write(args.json, planner.as_json(answer), [planner.as_json(one) for one in plans])
+        content = planner.as_json(answer)
+        if len(plans) > 1:
+            content["plans"] = [planner.as_json(one) for one in plans]
+        text = json.dumps(content, indent=1) + "\n"
+        files.write(args.json, lambda file: file.write(text.encode()))
     return 0 if answer.fits else DOES_NOT_FIT
 
 
@@ -90,11 +96,3 @@ def compile_only() -> None:
     """
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
-
-
-def _write(file: Path, answer: dict[str, Any], all_plans: list[dict[str, Any]]) -> None:
-    """The answer's keys at the top; every plan under ``plans`` where there are several."""
-    content = answer if len(all_plans) == 1 else {**answer, "plans": all_plans}
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, file)

@@ -9,7 +9,7 @@ rows of every global batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import grain
 import jax
@@ -22,6 +22,7 @@ from m2jax.dist.sharding import BATCH_AXES, batch_sharding
 HostBatch = Mapping[str, np.ndarray]
 
 
+@runtime_checkable  # the tests check types as they run
 class Source(Protocol):
     """A data set as random-access batches."""
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 
@@ -14,6 +14,7 @@ Batch = Mapping[str, jax.Array]
 Metrics = Mapping[str, jax.Array]  # scalars
 
 
+@runtime_checkable  # the tests check types as they run
 class Task(Protocol):
     """An objective over the parameters of one model."""
 
