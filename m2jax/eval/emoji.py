@@ -8,7 +8,7 @@ is the prompt. Retrieval ranks drawings and names of one part (seen or unseen) a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -21,6 +21,7 @@ from m2jax.eval import metrics as metrics_lib
 KS = (1, 5, 10)
 
 
+@runtime_checkable
 class Encoder(Protocol):
     """What is scored: a ``Bundle``, or anything with its methods."""
 

@@ -12,7 +12,7 @@ import shutil
 import types
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from m2jax.checkpoint import folder
 from m2jax.config import UserError
@@ -30,6 +30,7 @@ FORMATS: Mapping[str, str] = types.MappingProxyType(
 )
 
 
+@runtime_checkable
 class Model(Protocol):
     """What there is to export: a ``Bundle``."""
 
