@@ -276,7 +276,15 @@ _CHOICES: Mapping[tuple[type, str], tuple[str, ...]] = types.MappingProxyType(
         (Model, "remat"): tuple(REMAT),
         (Optim, "name"): ("adamw", "adafactor", "lion", "muon"),
         (Optim, "schedule"): ("cosine", "linear", "constant"),
-        (Contrastive, "impl"): ("dense",),
+        (Contrastive, "impl"): (
+            "dense",
+            "local",
+            "chunked",
+            "ring",
+            "grid",
+            "hierarchical",
+            "grouped",
+        ),
     }
 )
 
