@@ -62,7 +62,7 @@ def contrastive_loss(
         label_smoothing: share of the target spread evenly over all rows; softmax alone.
         wire_dtype: rounds the features, and sends and multiplies them in this type ("bfloat16");
             "" keeps their own. Gradients travel in float32 or wider and skip the rounding.
-        tile: rows and columns of logits in memory at a time, at most; the block-wise forms.
+        tile: rows of logits in memory at a time, at most, by 4 columns each (block-wise forms).
 
     Returns:
         The loss in float32, or in the inputs' precision where that is higher.

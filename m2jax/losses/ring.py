@@ -2,11 +2,11 @@
 """Exact sums over all pairs of rows that lie on many devices, never holding the matrix of logits.
 
 Image rows travel round the rings of a ``Layout`` in slices of at most ``tile`` rows; text rows are
-gathered over its held axes and stay. Each slice meets every held tile, and from one tile of logits
-both directions of the loss take their sums (an online log-sum-exp in each, as in Milakov and
-Gimelshein 2018), so rows are sent once for the two. The backward pass makes the tiles again from
-the sums (as Dao et al. 2022 do for attention): slices go round once more, each with the gradient
-gathered so far, and arrive home with all of it.
+gathered over its held axes and stay, in tiles of several slices. Each slice meets every held tile,
+and from one tile of logits both directions of the loss take their sums (an online log-sum-exp in
+each, as in Milakov and Gimelshein 2018), so rows are sent once for the two. The backward pass makes
+the tiles again from the sums (as Dao et al. 2022 do for attention): slices go round once more, each
+with the gradient gathered so far, and arrive home with all of it.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from m2jax.losses.layout import Layout
-from m2jax.losses.tiles import Form, Sums
+from m2jax.losses.tiles import Form, Sums, finite
 
 PADDING = -(2**31)  # the id of rows that fill up the last tile
+BREADTH = 4  # a tile's columns per row: few rows keep the travelling buffers small
 
 
 class Pairs(NamedTuple):
@@ -33,7 +34,7 @@ class Pairs(NamedTuple):
 
     layout: Layout
     form: Form
-    tile: int  # most rows of a slice, and of a held tile
+    tile: int  # most rows of a slice
     wire: Any  # type of features between devices and in products, which add up in >= float32
 
 
@@ -74,7 +75,7 @@ def _sums_bwd(pairs: Pairs, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
     arrays, sums = residuals
     # The derivative needs the maximum of the sums and the cotangent of the rest.
     states = [
-        Sums(total.max, change.sum) if isinstance(total, Sums) else change
+        Sums(finite(total.max), change.sum) if isinstance(total, Sums) else change
         for total, change in zip(sums, cotangents, strict=True)
     ]
     rows, whole = pairs.layout.row_spec, PartitionSpec()
@@ -108,13 +109,14 @@ def _forward(
     form, rows = pairs.form, len(image)
     moving = jax.tree.map(functools.partial(_slices, pairs), (image.astype(pairs.wire), ids))
     held = _held(pairs, (text.astype(pairs.wire), ids))
+    padded = moving[1].size != rows
 
     def visit(block: Any, columns: Any) -> tuple[Any, Any]:
         """A slice meets every held tile: sums of its rows, and the columns' sums so far."""
 
         def tile(at: jax.Array, carry: Any) -> Any:
             totals, columns = carry
-            logits = _logits(block, _at(held, at), scale, bias)
+            logits = _logits(block, _at(held, at), scale, bias, padded=padded)
             column = form.join(_at(columns, at), form.columns(logits))
             return form.join(totals, form.rows(logits)), _put(columns, column, at)
 
@@ -148,6 +150,7 @@ def _backward(
     image, text = image.astype(pairs.wire), text.astype(pairs.wire)
     moving = jax.tree.map(functools.partial(_slices, pairs), (image, ids, row_state))
     held = _held(pairs, (text, ids, column_state))
+    padded = moving[1].size != rows
 
     def visit(block: Any, d_held: jax.Array) -> tuple[Any, Any]:
         """A slice meets every held tile: its own gradient, and the held rows' so far."""
@@ -155,7 +158,7 @@ def _backward(
         def tile(at: jax.Array, carry: Any) -> Any:
             (d_block, total), d_held = carry
             against = _at(held, at)
-            logits = _logits(block, against, scale, bias)
+            logits = _logits(block, against, scale, bias, padded=padded)
             weights = form.weights(logits, block[2], against[2])
             total = total + weights.sum(1)
             weights = weights.astype(pairs.wire)
@@ -227,11 +230,15 @@ def _round(
     return join(own, pass_on(added)), held
 
 
-def _logits(block: Any, against: Any, scale: jax.Array, bias: jax.Array) -> jax.Array:
+def _logits(
+    block: Any, against: Any, scale: jax.Array, bias: jax.Array, *, padded: bool
+) -> jax.Array:
     """One tile; pairs of equal ids and padding are -inf."""
     logits = scale * _product(block[0], against[0].T, scale.dtype) + bias
     ours, theirs = block[1][:, None], against[1][None, :]
-    keep = (ours != theirs) & (ours != PADDING) & (theirs != PADDING)
+    keep = ours != theirs
+    if padded:
+        keep = keep & (ours != PADDING) & (theirs != PADDING)
     return jnp.where(keep, logits, -jnp.inf)
 
 
@@ -249,14 +256,14 @@ def _slices(pairs: Pairs, x: jax.Array) -> jax.Array:
 
 
 def _held(pairs: Pairs, tree: Any) -> Any:
-    """Gathers the slices over the held axes and joins small ones into tiles of up to ``tile``."""
+    """Gathers the slices over the held axes and joins them into tiles of ``BREADTH`` slices."""
 
     def gather(x: jax.Array) -> jax.Array:
         x = _slices(pairs, x)
         if pairs.layout.held:
             x = lax.all_gather(x, pairs.layout.held, tiled=True)
         fitting = [k for k in range(1, len(x) + 1) if not len(x) % k]
-        together = max(k for k in fitting if k == 1 or k * x.shape[1] <= pairs.tile)
+        together = max(k for k in fitting if k == 1 or k * x.shape[1] <= BREADTH * pairs.tile)
         return x.reshape(len(x) // together, together * x.shape[1], *x.shape[2:])
 
     return jax.tree.map(gather, tree)

@@ -42,35 +42,35 @@ def _nothing(shape: tuple[int, ...], dtype: Any) -> Sums:
     return Sums(jnp.full(shape, -jnp.inf, dtype), jnp.zeros(shape, dtype))
 
 
-def _finite(top: jax.Array) -> jax.Array:
+def finite(top: jax.Array) -> jax.Array:
     """A maximum that may be subtracted: exp(-inf - 0) is 0, exp(-inf + inf) is not a number."""
     return jnp.where(top == -jnp.inf, 0, top)
 
 
 def _exp_sums(logits: jax.Array, axis: int) -> Sums:
     top = logits.max(axis)
-    return Sums(top, jnp.exp(logits - jnp.expand_dims(_finite(top), axis)).sum(axis))
+    return Sums(top, jnp.exp(logits - jnp.expand_dims(finite(top), axis)).sum(axis))
 
 
 def _join(a: Sums, b: Sums) -> Sums:
     top = jnp.maximum(a.max, b.max)
-    shift = _finite(top)
+    shift = finite(top)
     return Sums(top, a.sum * jnp.exp(a.max - shift) + b.sum * jnp.exp(b.max - shift))
 
 
 def _collect(sums: Sums, axes: Axes) -> Sums:
     """Joins over devices; each keeps its own part of the rows."""
     top = lax.pmax(sums.max, axes)
-    scaled = sums.sum * jnp.exp(sums.max - _finite(top))
+    scaled = sums.sum * jnp.exp(sums.max - finite(top))
     mine = lax.psum_scatter(scaled, axes, scatter_dimension=0, tiled=True)
     at = lax.axis_index(axes) * len(mine)
     return Sums(lax.dynamic_slice_in_dim(top, at, len(mine)), mine)
 
 
 def _softmax_weights(logits: jax.Array, row: Sums, column: Sums) -> jax.Array:
-    """Derivative by each logit; ``sum`` of a state holds the derivative by the sum."""
-    by_row = jnp.exp(logits - _finite(row.max)[:, None]) * row.sum[:, None]
-    by_column = jnp.exp(logits - _finite(column.max)[None, :]) * column.sum[None, :]
+    """Derivative by each logit; a state has the (finite) maximum and the derivative by the sum."""
+    by_row = jnp.exp(logits - row.max[:, None]) * row.sum[:, None]
+    by_column = jnp.exp(logits - column.max[None, :]) * column.sum[None, :]
     return by_row + by_column
 
 
