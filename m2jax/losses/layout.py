@@ -16,6 +16,8 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import jax
+from jax import lax
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from m2jax.config import UserError
@@ -146,3 +148,23 @@ def _check_hosts(mesh: Mesh, axes: list[str], group: int) -> None:
             f"contrastive_loss: group={group} cuts hosts in two: choose a multiple of the devices "
             "per host, or a divisor"
         )
+
+
+def gather(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """Rows of all devices along ``axes``, in the order of a ``PartitionSpec`` of them.
+
+    One axis after the other: over many chips in one go, XLA for TPUs sends the sum of arrays that
+    are zero elsewhere, which takes twice the bytes (benchmarks/contrastive.md).
+    """
+    for axis in reversed(axes):
+        if lax.axis_size(axis) > 1:
+            x = lax.all_gather(x, axis, tiled=True)
+    return x
+
+
+def scatter_sum(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """The transpose of ``gather``: rows added up over devices, each keeping its own."""
+    for axis in axes:
+        if lax.axis_size(axis) > 1:
+            x = lax.psum_scatter(x, axis, scatter_dimension=0, tiled=True)
+    return x

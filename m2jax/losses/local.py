@@ -16,6 +16,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from m2jax.losses.layout import gather
 from m2jax.losses.ring import Pairs
 from m2jax.losses.tiles import SIGMOID, Sums
 
@@ -49,8 +50,9 @@ def _body(
     scale: jax.Array,
     bias: jax.Array,
 ) -> tuple[Any, Any]:
+    axes = pairs.layout.rows if pairs.layout.mesh else ()
     image, text = image.astype(pairs.wire), text.astype(pairs.wire)
-    all_ids = _gather(pairs, ids)
+    all_ids = gather(ids, axes)
 
     def sums(ours: jax.Array, theirs: jax.Array) -> Any:
         product = jnp.matmul(ours, theirs.T, preferred_element_type=scale.dtype)
@@ -61,11 +63,7 @@ def _body(
         top = lax.stop_gradient(logits.max(1))
         return Sums(top, jnp.exp(logits - jnp.where(top == -jnp.inf, 0, top)[:, None]).sum(1))
 
-    by_row = sums(image, _gather(pairs, text))
+    by_row = sums(image, gather(text, axes))
     # A sigmoid sees every pair once: the columns would count them again.
     both = pairs.form is not SIGMOID
-    return by_row, sums(text, _gather(pairs, image)) if both else jnp.zeros_like(by_row)
-
-
-def _gather(pairs: Pairs, x: jax.Array) -> jax.Array:
-    return lax.all_gather(x, pairs.layout.rows, tiled=True) if pairs.layout.mesh else x
+    return by_row, sums(text, gather(image, axes)) if both else jnp.zeros_like(by_row)

@@ -22,7 +22,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from m2jax.losses.layout import Layout
+from m2jax.losses.layout import Layout, gather, scatter_sum
 from m2jax.losses.tiles import Form, Sums, finite
 
 PADDING = -(2**31)  # the id of rows that fill up the last tile
@@ -177,8 +177,7 @@ def _backward(
     d_text = _varying(pairs, jnp.zeros(held[0].shape, wide))
     d_text, (d_image, total) = lax.scan(send, d_text, moving)
     d_text = d_text.reshape(-1, text.shape[1])
-    if pairs.layout.held:
-        d_text = lax.psum_scatter(d_text, pairs.layout.held, scatter_dimension=0, tiled=True)
+    d_text = scatter_sum(d_text, pairs.layout.held)
     d_image = d_image.reshape(-1, image.shape[1])[:rows]
     d_scale, d_bias = (image.astype(wide) * d_image).sum(), total.reshape(-1)[:rows].sum()
     if pairs.layout.mesh is not None:
@@ -258,15 +257,13 @@ def _slices(pairs: Pairs, x: jax.Array) -> jax.Array:
 def _held(pairs: Pairs, tree: Any) -> Any:
     """Gathers the slices over the held axes and joins them into tiles of ``BREADTH`` slices."""
 
-    def gather(x: jax.Array) -> jax.Array:
-        x = _slices(pairs, x)
-        if pairs.layout.held:
-            x = lax.all_gather(x, pairs.layout.held, tiled=True)
+    def tiles(x: jax.Array) -> jax.Array:
+        x = gather(_slices(pairs, x), pairs.layout.held)
         fitting = [k for k in range(1, len(x) + 1) if not len(x) % k]
         together = max(k for k in fitting if k == 1 or k * x.shape[1] <= BREADTH * pairs.tile)
         return x.reshape(len(x) // together, together * x.shape[1], *x.shape[2:])
 
-    return jax.tree.map(gather, tree)
+    return jax.tree.map(tiles, tree)
 
 
 def _varying(pairs: Pairs, tree: Any) -> Any:

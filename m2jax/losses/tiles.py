@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from m2jax.losses.layout import scatter_sum
+
 Axes = tuple[str, ...]
 
 
@@ -62,7 +64,7 @@ def _collect(sums: Sums, axes: Axes) -> Sums:
     """Joins over devices; each keeps its own part of the rows."""
     top = lax.pmax(sums.max, axes)
     scaled = sums.sum * jnp.exp(sums.max - finite(top))
-    mine = lax.psum_scatter(scaled, axes, scatter_dimension=0, tiled=True)
+    mine = scatter_sum(scaled, axes)
     at = lax.axis_index(axes) * len(mine)
     return Sums(lax.dynamic_slice_in_dim(top, at, len(mine)), mine)
 
@@ -90,6 +92,6 @@ SIGMOID = Form(
     rows=lambda logits: jax.nn.softplus(logits).sum(1),
     columns=lambda logits: jnp.zeros(logits.shape[1], logits.dtype),
     join=jnp.add,
-    collect=lambda sums, axes: lax.psum_scatter(sums, axes, scatter_dimension=0, tiled=True),
+    collect=scatter_sum,
     weights=lambda logits, row, column: jax.nn.sigmoid(logits) * row[:, None],
 )
