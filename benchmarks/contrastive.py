@@ -10,7 +10,7 @@
 Needs the libtpu that the installed jax names (jax 0.10.2: 0.0.42.*), except for ``error``. Each
 program is value and gradients (features, scale) of ``contrastive_loss``: float32 features in,
 float32 gradients out, dimension 1024. Features travel in bfloat16 but for ``dense``, where the
-compiler chooses. Counted bytes must agree with the formula of ``formula_mib``, else this stops.
+compiler chooses. A row whose bytes are not those of ``formula_mib`` comes after what was counted.
 """
 
 import argparse
@@ -92,7 +92,7 @@ def walk(found, name="ENTRY", times=1):
         count = times
         if " while(" in line:
             condition = "\n".join(found[re.search(r"condition=%?([\w.\-]+)", line)[1]])
-            bounds = re.findall(r"s32\[\]\S* constant\((\d+)\)", condition)
+            bounds = re.findall(r"[su]32\[\]\S* constant\((\d+)\)", condition)
             if len(bounds) != 1 or "direction=LT" not in condition:
                 raise SystemExit(f"a loop whose bound is not one constant: {line[:200]}")
             count = times * int(bounds[0])
@@ -186,15 +186,17 @@ def row(mesh, chips, impl, batch, *, group=None, tile=1024):
         compiled = program(mesh, impl, batch, group=group, tile=tile)
     except jax.errors.JaxRuntimeError as error:
         used = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", str(error))
-        reason = f"does not fit: {used[1]} of {used[2]}" if used else str(error).splitlines()[0]
-        return f"| {chips} | {impl} | {batch} | {group or ''} | {reason[:90]} | | | |"
+        if not used and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        sizes = f": {used[1]} of {used[2]}" if used else ""
+        return f"| {chips} | {impl} | {batch} | {group or ''} | does not fit{sizes} | | | | |"
     seconds = time.perf_counter() - start
     temporary = compiled.memory_analysis().temp_size_in_bytes / MIB
     sent, compute = account(compiled, family)
     total, formula = sum(sent.values()), formula_mib(mesh, impl, batch, group)
-    # Statistics and scalars travel too: below 2 % from 256 rows and 1024 dimensions on.
-    if formula is not None and not formula <= total + 0.01 <= 1.03 * formula + 20:
-        print(f"  counted {total:.0f} MiB, the formula says {formula:.0f}: {sent}", flush=True)
+    # Statistics and scalars travel too; a first hop that both passes make is made once.
+    if formula is not None and not 0.95 * formula <= total <= 1.03 * formula + 20:
+        print(f"  {total:.0f} MiB are not the formula's {formula:.0f}: {sent}", flush=True)
     return (
         f"| {chips} | {impl} | {batch} | {group or ''} | {temporary:.0f} | {total:.0f} | "
         f"{'' if formula is None else f'{formula:.0f}'} | {compute:.1f} | {seconds:.0f} |"
@@ -228,7 +230,7 @@ def curve(args):
 
 def tiles(args):
     """What the tile costs."""
-    print(HEADER.replace("group", "group, tile"))
+    print(HEADER.replace("| group |", "| group, tile |"))
     mesh = mesh_of("v5p:128")
     for tile in (512, 1024, 2048):
         for group in (1, 8):

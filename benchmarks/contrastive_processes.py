@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Times the contrastive reductions over real processes: gloo collectives between CPU processes.
 
-    python benchmarks/contrastive_processes.py [--processes 8] [--rows 256] [--dim 1024]
+    python benchmarks/contrastive_processes.py [--processes 8] [--rows 256] [--impl ...]
 
 Starts the processes on this machine, one device each, and prints milliseconds of value and gradient
 of the loss alone, and of a whole training step of a small M2-Encoder, for each reduction.
@@ -29,7 +29,7 @@ from m2jax.train.image_text import ImageTextTask
 from m2jax.train.step import make_step
 
 IMPLS = ("dense", "local", "chunked", "ring", "grid", "grouped")
-RUNS = 7
+RUNS = 5
 
 
 def clock(function, *args):
@@ -91,7 +91,7 @@ def worker(args):
     """One of the processes."""
     start(quiet=True)
     mesh = make_mesh(config.Mesh())
-    for impl in IMPLS:
+    for impl in args.impl:
         group = max(1, mesh.size // 4) if impl == "grouped" else None
         alone, step = loss_times(mesh, impl, group, args), step_times(mesh, impl, group, args)
         if jax.process_index() == 0:
@@ -107,6 +107,7 @@ def main():
     parser.add_argument("--processes", type=int, default=8)
     parser.add_argument("--rows", type=int, default=256, help="of each process")
     parser.add_argument("--dim", type=int, default=1024)
+    parser.add_argument("--impl", nargs="+", default=IMPLS, choices=IMPLS)
     args = parser.parse_args()
     if "M2JAX_PROCESS_ID" in os.environ:
         return worker(args)
