@@ -122,6 +122,9 @@ def main():
             "M2JAX_NUM_PROCESSES": str(args.processes),
             "M2JAX_PROCESS_ID": str(index),
             "JAX_PLATFORMS": "cpu",
+            # Losses of one step are independent loops; side by side, processes ran their
+            # collectives in different orders and gloo aborted (message sizes did not match).
+            "XLA_FLAGS": "--xla_cpu_enable_concurrency_optimized_scheduler=false",
         }
         peers.append(subprocess.Popen([sys.executable, *sys.argv], env=os.environ | variables))
     raise SystemExit(max(abs(peer.wait()) for peer in peers))
