@@ -8,6 +8,7 @@ never hold that matrix; ``benchmarks/contrastive.md`` says what each costs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -88,18 +89,33 @@ def contrastive_loss(
             f"contrastive_loss: {len(image)} rows do not divide over {layout.size(layout.rows)} "
             "devices: change the batch size or the mesh"
         )
-    ids = jnp.arange(len(image)) if ids is None else jnp.maximum(ids, PADDING + 1)
     pairs = Pairs(layout, SOFTMAX if bias is None else SIGMOID, tile, wire)
-    sums: Any = gathered_sums if impl == "local" else pair_sums
-    shift = jnp.zeros((), wide) if bias is None else jnp.asarray(bias, wide)
-    rows, columns = sums(pairs, image, text, ids.astype(jnp.int32), scale, shift)
+    sums = gathered_sums if impl == "local" else pair_sums
+    return _from_sums(sums, pairs, image, text, scale, bias, ids, label_smoothing)
+
+
+def _from_sums(
+    sums_of: Callable[..., Any],
+    pairs: Pairs,
+    image: jax.Array,
+    text: jax.Array,
+    scale: jax.Array,
+    bias: Any,
+    ids: jax.Array | None,
+    label_smoothing: float,
+) -> jax.Array:
+    """The loss from sums over the pairs off the diagonal, and the diagonal, which is each row's."""
+    wide = scale.dtype
+    shift = jnp.asarray(0 if bias is None else bias, wide)
+    ids = jnp.arange(len(image)) if ids is None else jnp.maximum(ids, PADDING + 1)
+    rows, columns = sums_of(pairs, image, text, ids.astype(jnp.int32), scale, shift)
     image, text = image.astype(wide), text.astype(wide)
     own = scale * (image * text).sum(1) + shift
     if bias is not None:
         return jnp.mean(rows + jax.nn.softplus(-own))
     loss = 0.5 * jnp.mean(_cross_entropy_of(rows, own) + _cross_entropy_of(columns, own))
     if label_smoothing:
-        groups = layout.size(layout.alone)
+        groups = pairs.layout.size(pairs.layout.alone)
         loss += label_smoothing * (own.mean() - _mean_logit(image, text, scale, groups))
     return loss
 

@@ -59,35 +59,31 @@ def make_layout(mesh: Mesh | None, impl: str, group: int | None = None) -> Layou
 
     Raises:
         ValueError: ``group`` with an ``impl`` that does not take it.
-        UserError: a group that does not fit the axes of the mesh, or that cuts a host in two.
+        UserError: a group that does not fit the axes of the mesh, or cuts a host of GPUs in two.
     """
     if group is not None and impl not in ("grid", "grouped"):
         raise ValueError(f"contrastive_loss: group={group} means nothing to impl={impl!r}")
-    if mesh is None:
+    axes = [axis for axis in BATCH_AXES if mesh is not None and axis in mesh.axis_names]
+    sizes = {axis: mesh.shape[axis] for axis in axes} if mesh is not None else {}
+    everything = math.prod(sizes.values())
+    if mesh is None or everything == 1:
         if group not in (None, 1):
             raise UserError(f"contrastive_loss: group={group} on one device: leave group out")
         return Layout(None)
-    axes = [axis for axis in BATCH_AXES if axis in mesh.axis_names]
-    sizes = {axis: mesh.shape[axis] for axis in axes}
     inside = math.prod(size for axis, size in sizes.items() if axis != SLOW_AXIS)
-    everything = math.prod(sizes.values())
-    held = {"ring": 1, "hierarchical": inside, "grid": group or _cheapest(sizes, inside)}.get(
-        impl, group or everything
-    )
+    default = {"ring": 1, "hierarchical": inside, "grid": _cheapest(sizes, inside)}
+    held = group or default.get(impl, everything)
     parts = _cut(sizes, held)
-    if impl == "grouped":
-        _check_hosts(mesh, axes, held)
-    cut_mesh = _cut_mesh(mesh, {axis: (sizes[axis] // parts[axis], parts[axis]) for axis in axes})
-    outer = tuple(f"{axis}" for axis in axes)
     layout = Layout(
-        cut_mesh,
+        _cut_mesh(mesh, {axis: (sizes[axis] // parts[axis], parts[axis]) for axis in axes}),
         rows=tuple(name for axis in axes for name in (axis, f"{axis}_held")),
         held=tuple(f"{axis}_held" for axis in axes),
     )
     if impl == "grouped":
-        return layout._replace(alone=outer)
-    fast = tuple(axis for axis in outer if axis != SLOW_AXIS)
-    slow = tuple(axis for axis in outer if axis == SLOW_AXIS)
+        _check_hosts(mesh, axes, held)
+        return layout._replace(alone=tuple(axes))
+    fast = tuple(axis for axis in axes if axis != SLOW_AXIS)
+    slow = tuple(axis for axis in axes if axis == SLOW_AXIS)
     return layout._replace(rings=tuple(ring for ring in (slow, fast) if layout.size(ring) > 1))
 
 
@@ -137,7 +133,9 @@ def _cut_mesh(mesh: Mesh, cuts: dict[str, tuple[int, int]]) -> Mesh:
 
 
 def _check_hosts(mesh: Mesh, axes: list[str], group: int) -> None:
-    """A group lies inside one host or is made of whole hosts."""
+    """A group lies inside one host or is made of whole hosts: M2's nodes. TPUs have one network."""
+    if mesh.devices.flat[0].platform == "tpu":
+        return
     order = [*axes, *(axis for axis in mesh.axis_names if axis not in axes)]
     devices = mesh.devices.transpose([mesh.axis_names.index(axis) for axis in order])
     groups = devices.reshape(-1, group * (devices.size // math.prod(devices.shape[: len(axes)])))

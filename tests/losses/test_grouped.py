@@ -53,6 +53,19 @@ def test_groups_are_whole_hosts_or_lie_inside_one():
             make_layout(mesh, "grouped", group)
 
 
+def test_on_a_tpu_hosts_do_not_matter_and_slices_are_the_outer_ring():
+    chips = [Chip(i, per_host=4) for i in range(24)]
+    mesh = make_mesh(Mesh(replica=2, data=2, fsdp=6), chips)
+    layout = make_layout(mesh, "ring")
+    assert layout.rings == (("replica",), ("data", "fsdp"))
+    assert [layout.size(ring) for ring in layout.rings] == [2, 12]
+    assert make_layout(mesh, "hierarchical").rings == (("replica",),)
+    assert make_layout(mesh, "chunked").rings == ()
+    for chip in chips:
+        chip.platform = "tpu"
+    assert make_layout(mesh, "grouped", 3).size(("fsdp_held",)) == 3
+
+
 def test_grid_holds_what_sends_least_and_stays_inside_a_slice():
     chips = [Chip(i, per_host=4) for i in range(128)]
     found = {
