@@ -132,7 +132,11 @@ class Optim:
 class Contrastive:
     """Image-text contrast (ITC)."""
 
-    impl: str = "dense"  # how the reduction over devices is done
+    impl: str = "dense"  # how the reduction over devices is done: see contrastive_loss
+    group: int = 0  # devices that gather (grid) or share negatives (grouped); 0: chosen by impl
+    wire_dtype: str = ""  # of features between devices and in products; "": as the model gives them
+    tile: int = 1024  # rows of logits in memory at a time, by 4 columns each
+    mask_same_caption: bool = False  # rows with the same caption are no negatives of each other
     backbone_weight: float = 0.5  # of the loss on backbone features; 1 - it is on the vl features
     text_text: float = 0.0  # weight of the contrast between the first two languages
     image_image: float = (
@@ -167,6 +171,10 @@ class Train:
     """The loop."""
 
     steps: int = 1000
+    accumulate: int = 1  # micro-batches of a step; each fits in memory, the loss sees all rows
+    accumulation: str = (
+        "exact"  # exact (encodes twice) | detach (the last micro-batch alone learns)
+    )
     log_every: int = 10  # steps between rows of metrics.jsonl
     seed: int = 0
     guard: Guard = field(default_factory=Guard)
@@ -276,7 +284,17 @@ _CHOICES: Mapping[tuple[type, str], tuple[str, ...]] = types.MappingProxyType(
         (Model, "remat"): tuple(REMAT),
         (Optim, "name"): ("adamw", "adafactor", "lion", "muon"),
         (Optim, "schedule"): ("cosine", "linear", "constant"),
-        (Contrastive, "impl"): ("dense",),
+        (Train, "accumulation"): ("exact", "detach"),
+        (Contrastive, "wire_dtype"): ("", "bfloat16", "float16", "float32"),
+        (Contrastive, "impl"): (
+            "dense",
+            "local",
+            "chunked",
+            "ring",
+            "grid",
+            "hierarchical",
+            "grouped",
+        ),
     }
 )
 

@@ -10,13 +10,14 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jaxtyping import Array, Int
 
 from m2jax.config import Experiment
 from m2jax.data.augment import augment
 from m2jax.losses.contrastive import contrastive_loss
 from m2jax.models import params as params_lib
 from m2jax.models.params import Abstract, Params
-from m2jax.train.task import Batch, Metrics
+from m2jax.train.task import Batch, Features, Metrics
 
 # The public forward never reads these (models/m2.py); ITC gives them no gradient.
 UNREAD = ("vl.blocks.B.", "vl.norms.B.", "norm.", "pooler.", "vision_embed.mask_token")
@@ -57,12 +58,13 @@ class ImageTextTask:
 
     def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Metrics]:
         """Augments, encodes views and texts in one call each, and contrasts them."""
-        cfg = self.experiment.loss.contrastive
+        return self.contrast(params, self.encode(params, batch, rng), batch)
+
+    def encode(self, params: Params, batch: Batch, rng: jax.Array) -> Features:
+        """Features [rows * views or languages, dim], those of a row beside each other."""
         model = params_lib.bind(self.model.graph, params)
         keys = jax.random.split(rng, 3)
         images, texts = batch["image"], batch["text"]
-        rows, views = images.shape[:2]
-        languages = texts.shape[1]
         # Views and languages are folded into the rows they belong to, so a device keeps its rows;
         # only the features, which are small, are then put in order view by view.
         pixels = augment(images, self.experiment.data.augment, keys[0], model.dtype)
@@ -72,23 +74,38 @@ class ImageTextTask:
             batch["text_mask"].reshape(-1, texts.shape[2]),
             rng=keys[2],
         )
+        return {
+            "image": image.features,
+            "text": text.features,
+            "backbone_image": image.backbone_features,
+            "backbone_text": text.backbone_features,
+        }
 
-        def split(features: jax.Array, parts: int) -> jax.Array:
-            return features.reshape(rows, parts, -1).swapaxes(0, 1)
+    def contrast(
+        self, params: Params, features: Features, batch: Batch
+    ) -> tuple[jax.Array, Metrics]:
+        """The loss of a batch from the features of its rows."""
+        cfg = self.experiment.loss.contrastive
+        rows, views = batch["image"].shape[:2]
+        languages = batch["text"].shape[1]
 
-        vl_scale, scale = jnp.exp(model.logit_vl_scale[...]), jnp.exp(model.logit_scale[...])
-        vl_image, vl_text = split(image.features, views), split(text.features, languages)
-        vl = self._between(vl_image, vl_text, vl_scale)
+        def by_part(name: str, parts: int) -> jax.Array:
+            return features[name].reshape(rows, parts, -1).swapaxes(0, 1)
+
+        vl_scale, scale = jnp.exp(params["logit_vl_scale"]), jnp.exp(params["logit_scale"])
+        ids = same_caption(batch["text"]) if cfg.mask_same_caption else None
+        vl_image, vl_text = by_part("image", views), by_part("text", languages)
+        vl = self._between(vl_image, vl_text, vl_scale, ids)
         first = self._between(
-            split(image.backbone_features, views), split(text.backbone_features, languages), scale
+            by_part("backbone_image", views), by_part("backbone_text", languages), scale, ids
         )
         total = cfg.backbone_weight * first + (1 - cfg.backbone_weight) * vl
         metrics = {"loss/vl": vl, "loss/backbone": first, "scale": vl_scale}
         if cfg.text_text and languages > 1:
-            metrics["loss/text_text"] = self._within(vl_text, vl_scale)
+            metrics["loss/text_text"] = self._within(vl_text, vl_scale, ids)
             total = total + cfg.text_text * metrics["loss/text_text"]
         if cfg.image_image and views > 1:
-            metrics["loss/image_image"] = self._within(vl_image, vl_scale)
+            metrics["loss/image_image"] = self._within(vl_image, vl_scale, ids)
             total = total + cfg.image_image * metrics["loss/image_image"]
         return total, metrics
 
@@ -104,18 +121,45 @@ class ImageTextTask:
         """True for what only the unpublished joint objectives of the release would read."""
         return name.startswith(UNREAD)
 
-    def _between(self, image: jax.Array, text: jax.Array, scale: jax.Array) -> jax.Array:
+    def _between(
+        self, image: jax.Array, text: jax.Array, scale: jax.Array, ids: jax.Array | None
+    ) -> jax.Array:
         """Mean over every (view, language) pair."""
-        losses = [self._contrast(i, t, scale) for i, t in itertools.product(image, text)]
-        return jnp.stack(losses).mean()
+        of_text = [None] * len(text) if ids is None else list(ids)
+        pairs = itertools.product(image, zip(text, of_text, strict=True))
+        return jnp.stack([self._contrast(i, t, scale, same) for i, (t, same) in pairs]).mean()
 
-    def _within(self, features: jax.Array, scale: jax.Array) -> jax.Array:
-        """Mean over every pair of two views, or of two languages."""
+    def _within(self, features: jax.Array, scale: jax.Array, ids: jax.Array | None) -> jax.Array:
+        """Mean over every pair of two views, or of two languages; the first language names rows."""
+        same = None if ids is None else ids[0]
         pairs = list(itertools.combinations(features, 2))
-        return jnp.stack([self._contrast(a, b, scale) for a, b in pairs]).mean()
+        return jnp.stack([self._contrast(a, b, scale, same) for a, b in pairs]).mean()
 
-    def _contrast(self, a: jax.Array, b: jax.Array, scale: jax.Array) -> jax.Array:
+    def _contrast(
+        self, a: jax.Array, b: jax.Array, scale: jax.Array, ids: jax.Array | None
+    ) -> jax.Array:
         cfg = self.experiment.loss.contrastive
         return contrastive_loss(
-            a, b, scale, impl=cfg.impl, mesh=self.mesh, label_smoothing=cfg.label_smoothing
+            a,
+            b,
+            scale,
+            impl=cfg.impl,
+            mesh=self.mesh,
+            group=cfg.group or None,
+            ids=ids,
+            label_smoothing=cfg.label_smoothing,
+            wire_dtype=cfg.wire_dtype,
+            tile=cfg.tile,
         )
+
+
+def same_caption(text: Int[Array, "rows languages tokens"]) -> Int[Array, "languages rows"]:
+    """A number per caption, equal for equal captions (and for 1 in 2 ** 32 of the others)."""
+
+    def fold(code: jax.Array, token: jax.Array) -> tuple[jax.Array, None]:
+        mixed = (code ^ token.astype(jnp.uint32)) * jnp.uint32(0x01000193)  # FNV-1a
+        return mixed ^ (mixed >> 15), None
+
+    start = jnp.full(text.shape[:2], 0x811C9DC5, jnp.uint32)
+    code, _ = jax.lax.scan(fold, start, jnp.moveaxis(text, 2, 0))
+    return jax.lax.bitcast_convert_type(code, jnp.int32).T

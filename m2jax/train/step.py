@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -11,13 +12,16 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from m2jax.config import Experiment, Guard
-from m2jax.dist.sharding import AxisRules, batch_sharding, replicated, use_rules
+from m2jax.config import Experiment, Guard, UserError
+from m2jax.dist.sharding import BATCH_AXES, AxisRules, batch_sharding, replicated, use_rules
+from m2jax.losses import accumulation
 from m2jax.models import params as params_lib
 from m2jax.optim import Optimizer, make_optimizer, state_shardings
 from m2jax.train import state as state_lib
 from m2jax.train.state import TrainState
-from m2jax.train.task import Batch, Metrics, Task
+from m2jax.train.task import Batch, Metrics, Task, TwoPartTask
+
+Gradient = Callable[[params_lib.Params, Batch, jax.Array], Any]  # -> (loss, metrics), gradient
 
 NORM_MEAN_DECAY = 0.98  # of the guard's running mean of gradient norms
 
@@ -37,11 +41,12 @@ def make_step(
     """Jits initialisation and step of a task with the places of every array fixed.
 
     Raises:
-        UserError: a parameter or the batch does not divide over the mesh.
+        UserError: a parameter or the batch does not divide over the mesh; see ``make_gradient``.
     """
     rules = rules or AxisRules()
     optimizer = make_optimizer(experiment.optim, experiment.train.steps, frozen=task.frozen)
     places = _state_places(experiment, task, optimizer, mesh, rules)
+    gradient = make_gradient(experiment, task, mesh)
 
     def init() -> TrainState:
         rng = jax.random.fold_in(jax.random.key(experiment.train.seed), 1)
@@ -53,7 +58,7 @@ def make_step(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         with use_rules(mesh, rules):
-            return update(experiment, task, optimizer, state, batch)
+            return update(experiment, gradient, task, optimizer, state, batch)
 
     run = jax.jit(
         step,
@@ -69,12 +74,45 @@ def make_step(
     return Step(jax.jit(init, out_shardings=places), run, shapes, optimizer.schedule)
 
 
+def make_gradient(experiment: Experiment, task: Task, mesh: Mesh) -> Gradient:
+    """Loss and gradient of a batch, in one piece or accumulated over ``train.accumulate`` parts.
+
+    Raises:
+        UserError: a task whose loss cannot be cut in two, or a batch that does not divide.
+    """
+    train, size = experiment.train, experiment.data.batch_size
+    if train.accumulate == 1:
+        return jax.value_and_grad(task.loss, has_aux=True)
+    if not isinstance(task, TwoPartTask):
+        raise UserError(
+            f"train.accumulate={train.accumulate}: {type(task).__name__} has no encode and "
+            "contrast: set it to 1"
+        )
+    devices = math.prod(mesh.shape.get(axis, 1) for axis in BATCH_AXES)
+    if train.accumulate < 1 or size % (train.accumulate * devices):
+        raise UserError(
+            f"train.accumulate={train.accumulate}: data.batch_size={size} does not divide into "
+            f"{train.accumulate} parts on each of {devices} devices: change one"
+        )
+    return accumulation.value_and_grad(
+        task.encode,
+        task.contrast,
+        count=train.accumulate,
+        mesh=mesh,
+        detach=train.accumulation == "detach",
+    )
+
+
 def update(
-    experiment: Experiment, task: Task, optimizer: Optimizer, state: TrainState, batch: Batch
+    experiment: Experiment,
+    gradient: Gradient,
+    task: Task,
+    optimizer: Optimizer,
+    state: TrainState,
+    batch: Batch,
 ) -> tuple[TrainState, Metrics]:
     """One step, unjitted: gradient, guard, optimiser, projection, average."""
     rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-    gradient = jax.value_and_grad(task.loss, has_aux=True)
     (loss, metrics), grads = gradient(state.params, batch, rng)
     norm = optax.tree.norm(grads)
     accepted = accept(experiment.train.guard, state, loss, norm)

@@ -11,6 +11,7 @@ import jax
 from m2jax.models.params import Abstract, Params
 
 Batch = Mapping[str, jax.Array]
+Features = Mapping[str, jax.Array]  # floating point; first axis: rows, or rows x n
 Metrics = Mapping[str, jax.Array]  # scalars
 
 
@@ -38,4 +39,19 @@ class Task(Protocol):
 
     def frozen(self, name: str) -> bool:
         """Whether the parameter of this dotted name is left as it is (nothing reads it)."""
+        ...
+
+
+@runtime_checkable
+class TwoPartTask(Task, Protocol):
+    """A task whose loss is ``contrast`` of ``encode``: what ``train.accumulate`` needs."""
+
+    def encode(self, params: Params, batch: Batch, rng: jax.Array) -> Features:
+        """What the loss must know of each row, from that row alone."""
+        ...
+
+    def contrast(
+        self, params: Params, features: Features, batch: Batch
+    ) -> tuple[jax.Array, Metrics]:
+        """The scalar to minimise and what to log, from the features of all rows."""
         ...

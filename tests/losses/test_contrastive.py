@@ -32,12 +32,12 @@ def by_hand(image, text, scale, smoothing=0.0):
 
 
 @given(
-    n=st.integers(1, 12),
+    n=st.sampled_from([1, 5, 12]),  # each is compiled anew
     scale=st.floats(0.1, 100),
     seed=st.integers(0, 2**16),
     smoothing=st.sampled_from([0.0, 0.1]),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_equals_the_formula(n, scale, seed, smoothing):
     image, text = features(seed, n, 5)
     with jax.enable_x64(True):
