@@ -201,16 +201,16 @@ def grid_positions(rng: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> 
     """First image positions of ``init="scaled"``: half-size sines and cosines of row and column.
 
     As large as the patch embeddings they are added to, so attention knows from the first step where
-    a patch lies. Rows 0 and 1 and [CLS] start at zero. An ``Init``; it draws nothing from ``rng``.
+    a patch lies. The rows of no patch are random and small: a [CLS] of zeros, whose layer norm
+    divides by almost nothing, would start with gradients a hundred times the others'.
     """
-    del rng
     rows, width = shape
     side = math.isqrt(rows - POSITION_OFFSET - 1)
     waves = 100.0 ** -jnp.linspace(0.0, 1.0, width // 4, endpoint=False)
     row, column = jnp.divmod(jnp.arange(side * side), side)
     angles = jnp.concatenate([row[:, None] * waves, column[:, None] * waves], axis=1)
     grid = 0.5 * jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1)
-    table = jnp.zeros(shape, dtype)
+    table = layers.normal(width**-0.5)(rng, shape, dtype)
     return table.at[POSITION_OFFSET + 1 :, : grid.shape[1]].set(grid.astype(dtype))
 
 

@@ -46,7 +46,7 @@ def test_published_sizes_have_the_published_number_of_parameters(size):
 
 def test_grid_positions_know_rows_from_columns():
     table = m2.grid_positions(jax.random.key(0), (2 + 1 + 16, 32), jnp.dtype("float32"))
-    np.testing.assert_array_equal(table[:3], 0)
+    assert np.square(table[2]).mean() > 1e-3  # of [CLS], which must not be zero in a layer norm
     grid = np.asarray(table[3:]).reshape(4, 4, 32)
     near = grid @ grid[1, 2]  # falls with the distance along each axis, by symmetry alike
     np.testing.assert_allclose(near[1, [1, 3]], near[[0, 2], 2], rtol=1e-6)
