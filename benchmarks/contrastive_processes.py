@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from m2jax import config
+from m2jax import config, load_config
 from m2jax.dist.bootstrap import start
 from m2jax.dist.mesh import make_mesh
 from m2jax.dist.sharding import batch_sharding
@@ -64,7 +64,7 @@ def loss_times(mesh, impl, group, args):
 
 def step_times(mesh, impl, group, args):
     """Of the real training step, on random rows."""
-    base = config.load_config("emoji", ["data.views=1", "train.log_every=1"])
+    base = load_config("emoji", ["data.views=1", "train.log_every=1"])
     size = {"width": 64, "heads": 2, "backbone_layers": 1, "vl_layers": 1, "out_dim": args.dim}
     model = config.resolve(dataclasses.replace(base.model, **size))
     loss = config.Loss(contrastive=config.Contrastive(impl=impl, group=group or 0))

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -93,6 +94,6 @@ def test_grid_holds_what_sends_least_and_stays_inside_a_slice():
     ],
 )
 def test_bad_arguments(kwargs, error, match):
-    image, text = features(0, kwargs.pop("rows", 16), dtype="float32")
+    image, text = map(jnp.asarray, features(0, kwargs.pop("rows", 16), dtype="float32"))
     with pytest.raises(error, match=match):
         contrastive_loss(image, text, 1.0, **{"mesh": mesh_of(8), **kwargs})
