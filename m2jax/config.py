@@ -172,9 +172,7 @@ class Train:
 
     steps: int = 1000
     accumulate: int = 1  # micro-batches of a step; each fits in memory, the loss sees all rows
-    accumulation: str = (
-        "exact"  # exact (encodes twice) | detach (the last micro-batch alone learns)
-    )
+    accumulation: str = "exact"  # exact (encodes twice) | detach (the last part alone learns)
     log_every: int = 10  # steps between rows of metrics.jsonl
     seed: int = 0
     guard: Guard = field(default_factory=Guard)
