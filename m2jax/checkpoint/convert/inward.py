@@ -202,11 +202,12 @@ def narrowest(tensors: Mapping[str, np.ndarray], where: str) -> str:
     Raises:
         UserError: a tensor is of whole numbers, or all that holds them is float64.
     """
-    dtype = np.dtype(jnp.bfloat16) if not tensors else next(iter(tensors.values())).dtype
-    for name, tensor in tensors.items():
-        if not jnp.issubdtype(tensor.dtype, jnp.floating):
-            raise UserError(f"{where}: {name} is of type {tensor.dtype}: weights are fractions")
-        dtype = jnp.promote_types(dtype, tensor.dtype)
+    dtypes = {name: tensor.dtype.newbyteorder("=") for name, tensor in tensors.items()}
+    dtype = next(iter(dtypes.values()), np.dtype(jnp.bfloat16))
+    for name, kind in dtypes.items():
+        if not jnp.issubdtype(kind, jnp.floating):
+            raise UserError(f"{where}: {name} is of type {kind}: weights are fractions")
+        dtype = jnp.promote_types(dtype, kind)
     if dtype.name not in DTYPES:
         raise UserError(f"{where}: holds {dtype.name}: say --dtype float32 to round it")
     return dtype.name

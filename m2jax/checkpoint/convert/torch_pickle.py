@@ -120,6 +120,16 @@ class _Size:
         return tuple(numbers)
 
 
+class _Set:
+    """Stands for ``set``, which DeepSpeed's engine saves beside the weights; it drops the items."""
+
+    __slots__ = ()
+
+    def __call__(self, items: Any = ()) -> tuple[()]:
+        del items  # never hashed: hashes of chosen items can be made to collide
+        return ()
+
+
 class _Plain:
     """Stands for an object of named values, such as ``argparse.Namespace``; it drops the values.
 
@@ -188,11 +198,14 @@ def _check_name(file: str, module: str, name: str) -> None:
 
 _PLAIN = {
     ("argparse", "Namespace"),
+    ("lightning.fabric.utilities.data", "AttributeDict"),
     ("lightning_fabric.utilities.data", "AttributeDict"),
     ("pytorch_lightning.utilities.parsing", "AttributeDict"),
 }
 _ALLOWED = {
     *_PLAIN,
+    ("__builtin__", "set"),
+    ("builtins", "set"),
     ("collections", "OrderedDict"),
     ("torch", "Size"),
     ("torch._utils", "_rebuild_tensor_v2"),
@@ -216,6 +229,7 @@ class _Unpickler(pickle.Unpickler):
             return StorageType(_STORAGES[name])
         return {
             "OrderedDict": _Dict(),
+            "set": _Set(),
             "Size": _Size(),
             "_rebuild_tensor_v2": _Tensor(self._mapped),
             "_rebuild_parameter": _Parameter(),

@@ -86,6 +86,39 @@ def test_torch_files(tmp_path, official, release, wrap):
         np.testing.assert_array_equal(a, b)
 
 
+def test_a_file_of_deepspeeds_engine(tmp_path, official, release):
+    """It saves a set and counters beside ``module``."""
+    content = {"_forward_module." + n: torch_files.whole(t) for n, t in official.items()}
+    beside = {"sparse_tensor_module_names": set(), "global_steps": 3, "ds_version": "0.16"}
+    torch_files.save(tmp_path / "m.pt", {"module": content, **beside})
+    file, arch = release
+    ours, theirs = imported(tmp_path / "m.pt", arch), imported(file, arch)
+    for a, b in zip(jax.tree.leaves(ours.params), jax.tree.leaves(theirs.params), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_file_of_a_big_endian_machine(tmp_path, official, release):
+    content = {name: torch_files.whole(tensor) for name, tensor in official.items()}
+    torch_files.save(tmp_path / "m.ckpt", content, byteorder="big")
+    file, arch = release
+    ours, theirs = imported(tmp_path / "m.ckpt", arch), imported(file, arch)
+    assert ours.config.param_dtype == "float32"
+    for a, b in zip(jax.tree.leaves(ours.params), jax.tree.leaves(theirs.params), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert all(row.passed for row in ours.check())
+
+
+@pytest.mark.parametrize(("held", "wanted"), [("float16", "bfloat16"), ("bfloat16", "float16")])
+def test_one_half_precision_cast_to_the_other_is_checked(tmp_path, held, wanted):
+    file, arch = m2_files.release(tmp_path, m2_files.tensors(held))
+    rows = imported(file, arch, dtype=wanted).check()
+    assert all(row.passed for row in rows)
+    assert {row.probe for row in rows if row.limit == np.inf} == {
+        "image, rounding included",
+        "text, rounding included",
+    }
+
+
 def test_parameters_lie_where_the_mesh_says(release, monkeypatch):
     file, arch = release
     mesh = make_mesh(config.Mesh(data=2, fsdp=2, model=2))
