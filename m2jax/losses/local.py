@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from m2jax.losses.layout import gather
-from m2jax.losses.ring import Pairs
+from m2jax.losses.ring import Pairs, on_devices
 from m2jax.losses.tiles import SIGMOID, Sums
 
 
@@ -30,16 +30,11 @@ def gathered_sums(
     bias: Float[Array, ""],
 ) -> tuple[Any, Any]:
     """The same as ``ring.pair_sums``."""
-    body = functools.partial(_body, pairs)
-    if pairs.layout.mesh is None:
-        return body(image, text, ids, scale, bias)
     rows, whole = pairs.layout.row_spec, PartitionSpec()
-    return jax.shard_map(
-        body,
-        mesh=pairs.layout.mesh,
-        in_specs=(rows, rows, rows, whole, whole),
-        out_specs=(rows, rows),
-    )(image, text, ids, scale, bias)
+    body = functools.partial(_body, pairs)
+    return on_devices(pairs, body, (rows, rows, rows, whole, whole), (rows, rows))(
+        image, text, ids, scale, bias
+    )
 
 
 def _body(

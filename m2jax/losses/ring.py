@@ -61,7 +61,7 @@ def pair_sums(
 def _sums(pairs: Pairs, *arrays: jax.Array) -> tuple[Any, Any]:
     rows = pairs.layout.row_spec
     body = functools.partial(_forward, pairs)
-    return _on_devices(pairs, body, (rows, rows, rows, *[PartitionSpec()] * 2), (rows, rows))(
+    return on_devices(pairs, body, (rows, rows, rows, *[PartitionSpec()] * 2), (rows, rows))(
         *arrays
     )
 
@@ -80,7 +80,7 @@ def _sums_bwd(pairs: Pairs, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
     ]
     rows, whole = pairs.layout.row_spec, PartitionSpec()
     body = functools.partial(_backward, pairs)
-    d_image, d_text, d_scale, d_bias = _on_devices(
+    d_image, d_text, d_scale, d_bias = on_devices(
         pairs, body, (rows, rows, rows, whole, whole, rows, rows), (rows, rows, whole, whole)
     )(*arrays, *states)
     image, text = arrays[:2]
@@ -90,7 +90,7 @@ def _sums_bwd(pairs: Pairs, residuals: Any, cotangents: Any) -> tuple[Any, ...]:
 pair_sums.defvjp(_sums_fwd, _sums_bwd)
 
 
-def _on_devices(pairs: Pairs, body: Callable, inputs: tuple, outputs: tuple) -> Callable:
+def on_devices(pairs: Pairs, body: Callable, inputs: tuple, outputs: tuple) -> Callable:
     """The body on every device of the layout, or as it is on one device."""
     if pairs.layout.mesh is None:
         return body
