@@ -66,13 +66,13 @@ def trip_counts(module: Module) -> dict[str, int]:
 
 
 def trip_count(module: Module, loop: Instruction, initial: Values) -> int:
-    """Iterations of a loop ``i = start; while i < bound; i += 1``.
+    """Iterations of a loop ``i = start; while i < bound; i += step``.
 
     The compiler's ``known_trip_count`` where it is given; else the bound in the condition, which is
     a constant there or one that the loop carries unchanged.
 
     Raises:
-        HloError: the bound cannot be found, or the counter does not go up by one.
+        HloError: the bound cannot be found, or the counter does not go up by a constant.
     """
     if loop.trips is not None:
         return loop.trips
@@ -81,8 +81,10 @@ def trip_count(module: Module, loop: Instruction, initial: Values) -> int:
     if compared is not None:
         first, bound = compared
         body = module.computations[called["body"]]
-        if _step(body, first) == 1 and _unchanged(body, bound):
-            return max(_number(bound, initial) - _number(first, initial), 0)
+        step = _step(body, first)
+        if step is not None and step > 0 and _unchanged(body, bound):
+            distance = _number(bound, initial) - _number(first, initial)
+            return max(-(-distance // step), 0)
     raise HloError(
         f"loop {loop.name}: its number of iterations is neither known nor a compared constant"
     )

@@ -56,6 +56,13 @@ def test_a_bound_that_the_loop_carries_is_found() -> None:
     assert loops.trip_counts(hlo.parse(LOOP)) == {"loop": 6}
 
 
+@pytest.mark.parametrize(("step", "times"), [(1, 6), (2, 3), (4, 2), (6, 1), (7, 1)])
+def test_a_counter_may_go_up_by_more_than_one(step: int, times: int) -> None:
+    """The partitioner unrolls the loops it makes of a product over a ring of devices, twice."""
+    text = LOOP.replace("%one = s32[] constant(1)", f"%one = s32[] constant({step})")
+    assert loops.trip_counts(hlo.parse(text)) == {"loop": times}
+
+
 def test_payloads_do_not_end_a_computation() -> None:
     """A kernel's payload may hold braces and parentheses; a naive reader stops inside it."""
     module = hlo.parse(LOOP)
@@ -82,7 +89,7 @@ def test_arrays_and_where_they_lie() -> None:
     [
         ("direction=LT", "direction=NE", "number of iterations"),
         ("constant(6)", "custom-call(%p)", "no constant"),
-        ("constant(1)", "constant(2)", "number of iterations"),  # counts by two
+        ("constant(1)", "constant(0)", "number of iterations"),  # never ends
         ("tuple(%up, %kept,", "tuple(%up, %up,", "number of iterations"),  # the bound moves
         ("ENTRY %main", "%main", "no ENTRY"),
         ("%zero = s32[] constant(0)", "%zero : constant", "not an instruction"),
