@@ -33,12 +33,10 @@ def run(args: argparse.Namespace) -> int:
     """Trains."""
     from m2jax.config_files import load_config
     from m2jax.dist.bootstrap import start
-    from m2jax.dist.host import load_devices
     from m2jax.train import main
 
     experiment = load_config(args.config, args.overrides)
     main.use_cpu_devices(experiment)
     start()
-    load_devices()
     main.run(experiment, args.workdir)
     return 0

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import jax
 
 from m2jax.config import UserError
+from m2jax.dist.host import load_devices
 from m2jax.dist.launchers import Found, detect
 
 # A process that compiles holds Python's lock for minutes; jax's 100 s would take it for dead.
@@ -53,6 +54,7 @@ def start(*, quiet: bool = False, timeout_s: int = 300) -> Processes:
         found = Found(via="tpu-vm", ask_jax="gcetpu")
     if (found.count > 1 or found.ask_jax) and not jax.distributed.is_initialized():
         _join(found, timeout_s)
+    load_devices()
     processes = Processes(
         index=jax.process_index(),
         count=jax.process_count(),

@@ -65,8 +65,15 @@ def test_libtpu_is_told_only_where_nobody_did_and_only_while_it_loads(monkeypatc
 
 
 @tpu
-def test_devices_load_quietly_where_libtpu_finds_no_tpu() -> None:
-    code = "from m2jax.dist.host import load_devices; load_devices(); import jax; jax.devices()"
+@pytest.mark.parametrize(
+    "first",
+    [
+        "from m2jax.dist.host import load_devices; load_devices()",
+        "import m2jax; m2jax.start(quiet=True)",  # what `m2jax train` does first
+    ],
+)
+def test_devices_load_quietly_where_libtpu_finds_no_tpu(first: str) -> None:
+    code = first + "; import jax; jax.devices()"
     environ = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=False
