@@ -16,6 +16,7 @@ from jaxtyping import Float
 from PIL import Image
 
 from m2jax.data.emoji import Drawings, EmojiData
+from m2jax.eval import baselines
 from m2jax.eval import metrics as metrics_lib
 
 KS = (1, 5, 10)
@@ -121,4 +122,7 @@ def summarise(scored: Scored) -> dict[str, float]:
         mean = metrics_lib.mean_recall(ranked, KS)
         key = f"retrieval/{where}/mean_recall"
         found |= {key: mean.value, f"{key}_low": mean.low, f"{key}_high": mean.high}
+        sizes = scores.shape[1], scores.shape[0]  # what image->text and text->image rank
+        by_chance = np.mean([baselines.chance(size, k) for size in sizes for k in KS])
+        found[f"baseline/chance/{scored.style}/{part}/mean_recall"] = float(by_chance)
     return found

@@ -128,20 +128,30 @@ def evaluate(
 
 
 def table(metrics: dict[str, float]) -> str:
-    """The zero-shot and retrieval rows for people, baselines beside them; per cent."""
-    lines = [f"{'':34}{'top-1':>8}{'95 % interval':>17}{'top-5':>8}{'mean recall':>13}"]
+    """The zero-shot and retrieval rows for people, baselines beside them; per cent (95 %)."""
+    lines = [f"{'':24}{'top-1':>20}{'top-5':>20}{'mean recall':>20}{'by chance':>11}"]
     for key in sorted(metrics):
         if not key.endswith("/top1"):
             continue
         stem = key.removesuffix("/top1")
         name = stem.removeprefix("zero_shot/").removeprefix("baseline/")
-        low, high = metrics.get(f"{key}_low"), metrics.get(f"{key}_high")
-        span = f"{100 * low:.1f} - {100 * high:.1f}" if low is not None and high is not None else ""
-        recall = metrics.get(stem.replace("zero_shot", "retrieval") + "/mean_recall")
-        tail = "" if recall is None else f"{100 * recall:.1f}"
-        top1, top5 = 100 * metrics[key], 100 * metrics[f"{stem}/top5"]
-        lines.append(f"{name:34}{top1:8.1f}{span:>17}{top5:8.1f}{tail:>13}")
-    return "\n".join(lines)
+        recall = stem.replace("zero_shot", "retrieval") + "/mean_recall"
+        chance = f"baseline/chance/{name.rpartition('/')[0]}/mean_recall"
+        cells = [_cell(metrics, each) for each in (key, f"{stem}/top5", recall)]
+        by_chance = (
+            f"{100 * metrics[chance]:.1f}" if recall in metrics and chance in metrics else ""
+        )
+        lines.append(f"{name:24}" + "".join(f"{c:>20}" for c in cells) + f"{by_chance:>11}")
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _cell(metrics: dict[str, float], key: str) -> str:
+    """A share with its interval, in per cent; nothing where it was not measured."""
+    if key not in metrics:
+        return ""
+    low, high = metrics.get(f"{key}_low"), metrics.get(f"{key}_high")
+    span = "" if low is None or high is None else f" ({100 * low:.1f} - {100 * high:.1f})"
+    return f"{100 * metrics[key]:.1f}{span}"
 
 
 def write_metrics(path: Path, metrics: dict[str, float]) -> None:

@@ -139,8 +139,21 @@ def test_an_oracle_gets_everything_and_keys_are_the_promised_ones(fake):
                 assert found[f"retrieval/{style}/{part}/{lang}/mean_recall"] == 1
         assert found[f"baseline/pixel_nn/{style}/top1"] == 1
         assert found[f"baseline/chance/{style}/top1"] == 0.25
+        # Three seen names: recall at 1 is 1/3, at 5 and 10 it is 1, in both directions.
+        assert found[f"baseline/chance/{style}/seen/mean_recall"] == pytest.approx(7 / 9)
     assert all(0 <= v <= 1 for v in found.values())
     assert "pixel_nn/fluent" in runner.table(found)
+
+
+def test_the_table_shows_every_interval_and_what_chance_would_give():
+    found = {"zero_shot/a/unseen/en/top1": 0.5, "zero_shot/a/unseen/en/top5": 0.75}
+    found |= {"zero_shot/a/unseen/en/top5_low": 0.7, "zero_shot/a/unseen/en/top5_high": 0.8}
+    found |= {"retrieval/a/unseen/en/mean_recall": 0.25, "baseline/pixel_nn/a/top1": 0.125}
+    found |= {"baseline/pixel_nn/a/top5": 0.2, "baseline/chance/a/unseen/mean_recall": 0.03}
+    head, neighbour, model = runner.table(found).splitlines()
+    assert head.split() == ["top-1", "top-5", "mean", "recall", "by", "chance"]
+    assert neighbour.split() == ["pixel_nn/a", "12.5", "20.0"]
+    assert model.split() == ["a/unseen/en", "50.0", "75.0", "(70.0", "-", "80.0)", "25.0", "3.0"]
 
 
 def test_a_model_that_swaps_two_names_loses_exactly_those(fake):
