@@ -132,6 +132,7 @@ class Optim:
 class Contrastive:
     """Image-text contrast (ITC)."""
 
+    form: str = "softmax"  # softmax (CLIP) | sigmoid (SigLIP), whose scale usually starts at 10
     impl: str = "dense"  # how the reduction over devices is done: see contrastive_loss
     group: int = 0  # devices that gather (grid) or share negatives (grouped); 0: chosen by impl
     wire_dtype: str = ""  # of features between devices and in products; "": as the model gives them
@@ -145,6 +146,7 @@ class Contrastive:
     label_smoothing: float = 0.0
     scale_init: float = 14.285714  # 1 / 0.07, multiplies the cosines
     scale_max: float = 100.0  # ceiling of the learned scale
+    bias_init: float = -10.0  # sigmoid alone: a learned number added to the scaled cosines
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,6 +285,7 @@ _CHOICES: Mapping[tuple[type, str], tuple[str, ...]] = types.MappingProxyType(
         (Optim, "name"): ("adamw", "adafactor", "lion", "muon"),
         (Optim, "schedule"): ("cosine", "linear", "constant"),
         (Train, "accumulation"): ("exact", "detach"),
+        (Contrastive, "form"): ("softmax", "sigmoid"),
         (Contrastive, "wire_dtype"): ("", "bfloat16", "float16", "float32"),
         (Contrastive, "impl"): (
             "dense",

@@ -28,7 +28,10 @@ class Optimizer(NamedTuple):
     schedule: optax.Schedule  # step -> learning rate
 
 
-_PLAIN_ENDINGS = ("bias", "scale", "cls_token", "mask_token", "logit_scale", "logit_vl_scale")
+_PLAIN_ENDINGS = (
+    *("bias", "scale", "cls_token", "mask_token"),
+    *("logit_scale", "logit_vl_scale", "logit_bias", "logit_vl_bias"),
+)
 _TABLES = ("text_embed", "image_positions", "text_positions")
 _MATRICES = ("kernel",)
 

@@ -6,13 +6,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
-from m2jax.config import Experiment
+from m2jax.config import Contrastive, Experiment, UserError
 from m2jax.data.augment import augment
 from m2jax.losses.contrastive import contrastive_loss
 from m2jax.models import params as params_lib
@@ -22,6 +23,15 @@ from m2jax.train.task import Batch, Features, Metrics
 # The public forward never reads these (models/m2.py); ITC gives them no gradient.
 UNREAD = ("vl.blocks.B.", "vl.norms.B.", "norm.", "pooler.", "vision_embed.mask_token")
 
+BIASES = ("logit_bias", "logit_vl_bias")  # of the sigmoid loss, beside the model's own scales
+
+
+class Head(NamedTuple):
+    """What turns cosines into logits."""
+
+    scale: jax.Array
+    bias: jax.Array | None  # None: softmax
+
 
 class ImageTextTask:
     """Each view of an image against its text in each language, on backbone and vl features.
@@ -29,13 +39,25 @@ class ImageTextTask:
     The loss is the mean over views and languages of ``contrastive_loss``; the backbone's features
     and ``logit_scale`` weigh ``backbone_weight``, those of the vl layers and ``logit_vl_scale`` the
     rest, as VLMo (which the release derives from) trains both heads. ``text_text`` and
-    ``image_image`` add the contrasts inside a modality, on vl features.
+    ``image_image`` add the contrasts inside a modality, on vl features. With ``form=sigmoid`` each
+    scale has a bias beside it; training alone needs them, so the model knows nothing of them.
+
+    Raises:
+        UserError: options of the loss that exclude each other.
     """
 
     def __init__(self, experiment: Experiment, mesh: Mesh | None = None):
+        _check(experiment.loss.contrastive)
         self.experiment = experiment
         self.mesh = mesh
         self.model: Abstract = params_lib.abstract(experiment.model)
+        self._sigmoid = experiment.loss.contrastive.form == "sigmoid"
+        if self._sigmoid:
+            biases = dict.fromkeys(BIASES, jax.ShapeDtypeStruct((), jnp.float32))
+            axes: dict[str, tuple[str | None, ...]] = dict.fromkeys(BIASES, ())
+            self.model = self.model._replace(
+                params={**self.model.params, **biases}, axes={**self.model.axes, **axes}
+            )
 
     def init(self, rng: jax.Array) -> Params:
         """Fresh parameters with the scales of the config."""
@@ -43,6 +65,9 @@ class ImageTextTask:
         start = math.log(self.experiment.loss.contrastive.scale_init)
         for name in ("logit_scale", "logit_vl_scale"):
             params[name] = jnp.full_like(params[name], start)
+        if self._sigmoid:
+            bias = jnp.asarray(self.experiment.loss.contrastive.bias_init, jnp.float32)
+            params |= dict.fromkeys(BIASES, bias)
         return params
 
     def batch_spec(self, batch_size: int) -> Mapping[str, jax.ShapeDtypeStruct]:
@@ -62,7 +87,8 @@ class ImageTextTask:
 
     def encode(self, params: Params, batch: Batch, rng: jax.Array) -> Features:
         """Features [rows * views or languages, dim], those of a row beside each other."""
-        model = params_lib.bind(self.model.graph, params)
+        of_model = {name: leaf for name, leaf in params.items() if name not in BIASES}
+        model = params_lib.bind(self.model.graph, of_model)
         keys = jax.random.split(rng, 3)
         images, texts = batch["image"], batch["text"]
         # Views and languages are folded into the rows they belong to, so a device keeps its rows;
@@ -92,20 +118,20 @@ class ImageTextTask:
         def by_part(name: str, parts: int) -> jax.Array:
             return features[name].reshape(rows, parts, -1).swapaxes(0, 1)
 
-        vl_scale, scale = jnp.exp(params["logit_vl_scale"]), jnp.exp(params["logit_scale"])
+        vl_head, head = self._head(params, "logit_vl_"), self._head(params, "logit_")
         ids = same_caption(batch["text"]) if cfg.mask_same_caption else None
         vl_image, vl_text = by_part("image", views), by_part("text", languages)
-        vl = self._between(vl_image, vl_text, vl_scale, ids)
+        vl = self._between(vl_image, vl_text, vl_head, ids)
         first = self._between(
-            by_part("backbone_image", views), by_part("backbone_text", languages), scale, ids
+            by_part("backbone_image", views), by_part("backbone_text", languages), head, ids
         )
         total = cfg.backbone_weight * first + (1 - cfg.backbone_weight) * vl
-        metrics = {"loss/vl": vl, "loss/backbone": first, "scale": vl_scale}
+        metrics = {"loss/vl": vl, "loss/backbone": first, "scale": vl_head.scale}
         if cfg.text_text and languages > 1:
-            metrics["loss/text_text"] = self._within(vl_text, vl_scale, ids)
+            metrics["loss/text_text"] = self._within(vl_text, vl_head, ids)
             total = total + cfg.text_text * metrics["loss/text_text"]
         if cfg.image_image and views > 1:
-            metrics["loss/image_image"] = self._within(vl_image, vl_scale, ids)
+            metrics["loss/image_image"] = self._within(vl_image, vl_head, ids)
             total = total + cfg.image_image * metrics["loss/image_image"]
         return total, metrics
 
@@ -121,28 +147,31 @@ class ImageTextTask:
         """True for what only the unpublished joint objectives of the release would read."""
         return name.startswith(UNREAD)
 
+    def _head(self, params: Params, stem: str) -> Head:
+        bias = params[f"{stem}bias"] if self._sigmoid else None
+        return Head(jnp.exp(params[f"{stem}scale"]), bias)
+
     def _between(
-        self, image: jax.Array, text: jax.Array, scale: jax.Array, ids: jax.Array | None
+        self, image: jax.Array, text: jax.Array, head: Head, ids: jax.Array | None
     ) -> jax.Array:
         """Mean over every (view, language) pair."""
         of_text = [None] * len(text) if ids is None else list(ids)
         pairs = itertools.product(image, zip(text, of_text, strict=True))
-        return jnp.stack([self._contrast(i, t, scale, same) for i, (t, same) in pairs]).mean()
+        return jnp.stack([self._contrast(i, t, head, same) for i, (t, same) in pairs]).mean()
 
-    def _within(self, features: jax.Array, scale: jax.Array, ids: jax.Array | None) -> jax.Array:
+    def _within(self, features: jax.Array, head: Head, ids: jax.Array | None) -> jax.Array:
         """Mean over every pair of two views, or of two languages; the first language names rows."""
         same = None if ids is None else ids[0]
         pairs = list(itertools.combinations(features, 2))
-        return jnp.stack([self._contrast(a, b, scale, same) for a, b in pairs]).mean()
+        return jnp.stack([self._contrast(a, b, head, same) for a, b in pairs]).mean()
 
-    def _contrast(
-        self, a: jax.Array, b: jax.Array, scale: jax.Array, ids: jax.Array | None
-    ) -> jax.Array:
+    def _contrast(self, a: jax.Array, b: jax.Array, head: Head, ids: jax.Array | None) -> jax.Array:
         cfg = self.experiment.loss.contrastive
         return contrastive_loss(
             a,
             b,
-            scale,
+            head.scale,
+            bias=head.bias,
             impl=cfg.impl,
             mesh=self.mesh,
             group=cfg.group or None,
@@ -150,6 +179,15 @@ class ImageTextTask:
             label_smoothing=cfg.label_smoothing,
             wire_dtype=cfg.wire_dtype,
             tile=cfg.tile,
+        )
+
+
+def _check(cfg: Contrastive) -> None:
+    if cfg.label_smoothing and (cfg.form == "sigmoid" or cfg.mask_same_caption):
+        other = "form=sigmoid" if cfg.form == "sigmoid" else "mask_same_caption=True"
+        raise UserError(
+            f"loss.contrastive.label_smoothing={cfg.label_smoothing}: does not go with "
+            f"loss.contrastive.{other}: set one of them back"
         )
 
 
