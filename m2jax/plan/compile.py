@@ -6,6 +6,8 @@ from __future__ import annotations
 import dataclasses
 import re
 import time
+import types
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +21,12 @@ from m2jax.plan import flops
 from m2jax.train.main import assemble
 from m2jax.train.step import Step
 from m2jax.train.task import Task
+
+# XLA picks Triton's tiles for a product by timing them, which needs the GPU; cuBLAS needs no tiles.
+# A real run may take either, per product: memory and bytes are alike, and times are a roofline.
+OPTIONS: Mapping[str, dict[str, Any]] = types.MappingProxyType(
+    {"tpu": {}, "cuda": {"xla_gpu_enable_triton_gemm": False}}
+)
 
 
 class Memory(NamedTuple):
@@ -77,7 +85,7 @@ def compile_step(experiment: Experiment, topology: Topology) -> Compiled:
     start = time.monotonic()
     try:
         with uncached():
-            compiled = traced.lower().compile()
+            compiled = traced.lower().compile(OPTIONS[topology.chip.platform])
     except jax.errors.JaxRuntimeError as error:
         used = out_of_memory(str(error))
         if used is None:

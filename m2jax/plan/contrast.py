@@ -15,7 +15,7 @@ from m2jax.dist.sharding import batch_sharding, replicated
 from m2jax.dist.topology import Topology, uncached
 from m2jax.losses.contrastive import contrastive_loss
 from m2jax.plan import collectives, hlo, loops
-from m2jax.plan.compile import out_of_memory
+from m2jax.plan.compile import OPTIONS, out_of_memory
 
 
 class Cost(NamedTuple):
@@ -54,7 +54,7 @@ def _cost(impl: str, experiment: Experiment, topology: Topology, mesh: Mesh) -> 
     )  # fmt: skip
     try:
         with uncached():
-            compiled = gradient.lower(rows, rows, scale).compile()
+            compiled = gradient.lower(rows, rows, scale).compile(OPTIONS[topology.chip.platform])
     except (UserError, ValueError) as error:  # a form that this mesh or batch does not suit
         return Cost(impl, None, 0.0, str(error).splitlines()[0])
     except jax.errors.JaxRuntimeError as error:

@@ -101,7 +101,7 @@ def instruction_flops(module: Module, computation: Computation, instruction: Ins
         return 2.0 * instruction.arrays[0].size * math.prod(left.shape[d] for d in dims)
     if instruction.opcode == "convolution":
         return _convolution(computation, instruction)
-    if instruction.opcode == "custom-call" and "gemm" in instruction.attributes + instruction.name:
+    if instruction.opcode == "custom-call" and '"__cublas$' in instruction.attributes:
         return _gemm(computation, instruction)
     if instruction.opcode in ("fusion", "call", "async-start", "call-start"):
         return sum(
@@ -118,9 +118,10 @@ def operand(computation: Computation, instruction: Instruction, index: int) -> A
 
 
 def _gemm(computation: Computation, instruction: Instruction) -> float:
-    """A product by cuBLAS: 2 m n k, of which operands and result have (m k)(k n)(m n) elements.
+    """A product by cuBLAS or cuBLASLt: 2 m n k.
 
-    Batch dimensions b enter all three, so the product is 2 sqrt(left x right x result / b).
+    Operands and result have (m k)(k n)(m n) elements. Batch dimensions b enter all three, so the
+    product is 2 sqrt(left x right x result / b).
     """
     left, right = (operand(computation, instruction, i) for i in (0, 1))
     found = re.search(r'"lhs_batch_dimensions":\[([^\]]*)\]', instruction.config)

@@ -110,10 +110,11 @@ def test_taps_against_a_convolution_of_ones(
     assert found == int(out.sum())
 
 
-def test_products_of_a_library() -> None:
+@pytest.mark.parametrize("target", ["__cublas$gemm", "__cublas$lt$matmul"])
+def test_products_of_a_library(target: str) -> None:
     counted = one_line(
         "bf16[64,12,52,52]{3,2,1,0} custom-call(%a, %b), "
-        'custom_call_target="__cublas$gemm", backend_config={"gemm_backend_config":'
+        f'custom_call_target="{target}", backend_config={{"gemm_backend_config":'
         '{"dot_dimension_numbers":{"lhs_batch_dimensions":["0","2"]}}}'
     )
     assert counted == 2 * 64 * 12 * 52 * 52 * 32
