@@ -16,10 +16,10 @@ MACHINES = {
     "v5p-128": ({"data": 8, "fsdp": 16}, 192, "attention"),  # 4x4x8
     "v5p-512": ({"data": 32, "fsdp": 16}, 192, "attention"),  # 8x8x8
     "v6e-256": ({"data": 16, "fsdp": 16}, 128, "full"),  # 16x16
-    "h100-8": ({"fsdp": 8}, 64, "full"),
-    "h100-256": ({"data": 32, "fsdp": 8}, 64, "full"),
-    "h200-8": ({"fsdp": 8}, 128, "full"),
-    "h200-256": ({"data": 32, "fsdp": 8}, 128, "full"),
+    "h100-8": ({"fsdp": 8}, 384, "full"),
+    "h100-256": ({"data": 32, "fsdp": 8}, 256, "full"),
+    "h200-8": ({"fsdp": 8}, 768, "full"),
+    "h200-256": ({"data": 32, "fsdp": 8}, 256, "full"),
 }
 
 

@@ -15,9 +15,9 @@ MACHINES = {
     "v5p-128": ({"data": 32, "fsdp": 4}, 256, "products"),  # 4x4x8
     "v5p-512": ({"data": 128, "fsdp": 4}, 64, "products"),  # 8x8x8
     "v6e-256": ({"data": 64, "fsdp": 4}, 128, "products"),  # 16x16
-    "h100-8": ({"fsdp": 8}, 256, "products"),
+    "h100-8": ({"fsdp": 8}, 512, "products"),
     "h100-256": ({"data": 32, "fsdp": 8}, 128, "products"),
-    "h200-8": ({"fsdp": 8}, 512, "products"),
+    "h200-8": ({"fsdp": 8}, 1024, "products"),
     "h200-256": ({"data": 32, "fsdp": 8}, 128, "products"),
 }
 
