@@ -115,8 +115,8 @@ def in_text(module: Module) -> set[str]:
 def _sent(instruction: Instruction, kind: str, group: int) -> float:
     """Bytes one device sends in one run."""
     arrays, share = instruction.arrays, (group - 1) / group
-    if instruction.opcode.endswith("-start") and kind in ("all-gather", "collective-permute"):
-        # (operands, results[, flags]): as many results as operands
+    # (operands, results[, flags]), as many results as operands; an all-reduce names results alone
+    if instruction.opcode.endswith("-start") and kind != "all-reduce":
         arrays = arrays[len(instruction.operands) : 2 * len(instruction.operands)]
     size = sum(array.bytes for array in arrays)
     if kind == "reduce-scatter":  # written as such, its result is one share

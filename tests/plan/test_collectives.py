@@ -167,6 +167,9 @@ def test_every_kind_is_spelt_as_hlo_does() -> None:
         ("(f32[16], f32[16], u32[], u32[]) collective-permute-start(%p)", "main",
          "collective-permute", 64),
         ("f32[4] reduce-scatter(%p)", "main", "reduce-scatter", 64 * 3 / 4),
+        # how GPUs write it: operands come first here too
+        ("((f32[16], bf16[32]), (f32[4], bf16[8])) reduce-scatter-start(%p, %q)", "main",
+         "reduce-scatter", (16 * 4 + 32 * 2) * 3 / 4),
         # how libtpu writes a fused reduce-scatter: the whole goes in
         ("f32[16] all-reduce(%p)", "all-reduce-scatter.3", "reduce-scatter", 64 * 3 / 4),
     ],
