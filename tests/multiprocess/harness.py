@@ -23,7 +23,7 @@ class Job:
     processes: list[subprocess.Popen[bytes]]
     logs: list[Path]
 
-    def wait(self, *, timeout_s: float = 180, grace_s: float = 30) -> list[int]:
+    def wait(self, *, timeout_s: float = 600, grace_s: float = 30) -> list[int]:
         """Exit codes of all, as a scheduler would get them.
 
         When one ends with a failure, the rest have ``grace_s`` to end by themselves before they are
@@ -62,7 +62,8 @@ def launch(
     kept = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHERS)}
     # Only the first process writes this cache, and only the first finds anything in it: the others
     # would compile while it waits, and gloo waits 30 s.
-    kept.pop("JAX_COMPILATION_CACHE_DIR", None)
+    if processes > 1:
+        kept.pop("JAX_COMPILATION_CACHE_DIR", None)
     # Programs this small are compiled longer than run. The flag that orders collectives, which the
     # tests set for themselves, is left out: what m2jax adds must be enough.
     kept["XLA_FLAGS"] = (

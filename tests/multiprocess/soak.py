@@ -53,7 +53,7 @@ def soak(workdir: Path, args: argparse.Namespace) -> bool:
     steps = (args.kills + 1) * 2 * EVERY  # more than the kills can let it get to
     shape = args.processes, args.devices, f"train.steps={steps}"
     begin = time.monotonic()
-    codes = harness.launch(workdir / "whole", *shape).wait(timeout_s=600)
+    codes = harness.launch(workdir / "whole", *shape).wait()
     assert codes == [0] * args.processes, codes
     print(f"uninterrupted: {steps} steps in {time.monotonic() - begin:.0f} s", flush=True)
     print("| kill | from step | what | exit codes | seconds |\n|---|---|---|---|---|", flush=True)
@@ -67,7 +67,7 @@ def soak(workdir: Path, args: argparse.Namespace) -> bool:
         if -9 not in codes:
             print("nobody was killed")
             return False
-    codes = harness.launch(cut, *shape).wait(timeout_s=600)
+    codes = harness.launch(cut, *shape).wait()
     same = {
         "exit codes": codes == [0] * args.processes,
         "losses": harness.losses(cut) == harness.losses(workdir / "whole"),

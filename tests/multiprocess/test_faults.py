@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run of real processes that is ended and started again equals one that was left alone.
 
-``test_told_to_end_then_killed`` runs with every ``make test``; ``make soak`` runs the others too.
+One of one process runs with every ``make test``; ``make soak`` runs those of several.
 """
 
 import signal
@@ -25,7 +25,7 @@ def finish(workdir, processes, devices, *overrides):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The run that nobody disturbed."""
+    """The run of ``SHAPE`` that nobody disturbed."""
     workdir = tmp_path_factory.mktemp("whole")
     finish(workdir, *SHAPE)
     assert sorted(harness.losses(workdir)) == list(range(1, 25))
@@ -39,20 +39,30 @@ def assert_same(cut, whole):
     assert harness.consecutive(harness.samples(cut))
 
 
-def test_told_to_end_then_killed(tmp_path, whole):
-    """SIGTERM to one process, again while it saves; then SIGKILL to one during a save."""
-    told = {"kind": "term", "step": 6, "process": 1}
-    again = {"kind": "term", "step": 7, "saving": True}
-    later = [again | {"step": step} for step in range(9, 24)]  # whichever step they agree on
+def told_then_killed(workdir, shape):
+    """SIGTERM to the last process, again while it saves; SIGKILL to all in a save; to the end."""
+    told = {"kind": "term", "step": 6, "process": shape[0] - 1}
     slow = {"kind": "slow", "step": 6, "after": 0.2}  # jax looks for a signal once a second
-    job = harness.launch(tmp_path, *SHAPE, faults=(told, slow, again, *later))
-    assert job.wait() == [42, 42], job.output()
-    stopped = max(harness.samples(tmp_path))
+    again = [{"kind": "term", "step": step, "saving": True} for step in range(6, 24)]
+    job = harness.launch(workdir, *shape, faults=(told, slow, *again))
+    assert job.wait() == [42] * shape[0], job.output()
+    stopped = max(harness.samples(workdir))
     assert 6 <= stopped < 24
-    step = -(-(stopped + 1) // 4) * 4
-    job = harness.launch(tmp_path, *SHAPE, faults=({"kind": "kill", "step": step, "saving": True},))
-    assert -9 in job.wait(), job.output()
-    finish(tmp_path, *SHAPE)
+    step = (stopped // 4 + 1) * 4
+    job = harness.launch(workdir, *shape, faults=({"kind": "kill", "step": step, "saving": True},))
+    assert job.wait() == [-9] * shape[0], job.output()
+    finish(workdir, *shape)
+
+
+def test_one_process_told_to_end_then_killed(tmp_path):
+    finish(tmp_path / "whole", 1, 2)
+    told_then_killed(tmp_path / "cut", (1, 2))
+    assert_same(tmp_path / "cut", tmp_path / "whole")
+
+
+@pytest.mark.soak
+def test_told_to_end_then_killed(tmp_path, whole):
+    told_then_killed(tmp_path, SHAPE)
     assert_same(tmp_path, whole)
 
 
