@@ -15,12 +15,13 @@ READY := .venv/ready
 TORCH := .venv-torch/bin
 TORCH_READY := .venv-torch/ready
 
-.PHONY: help demo test test-torch lint notebooks lock clean
+.PHONY: help demo test test-torch soak lint notebooks lock clean
 
 help:
 	@echo 'make demo       train the demo into runs/demo and write its report (about 10 minutes)'
 	@echo 'make test       lint, types, import rules, tests'
 	@echo 'make test-torch the tests against PyTorch, transformers and open_clip (a .venv-torch of 2 GB)'
+	@echo 'make soak       kills, full disks and lost devices in real processes (about 20 minutes)'
 	@echo 'make lint       the first three alone'
 	@echo 'make notebooks  run the notebooks'
 	@echo 'make lock       resolve requirements/*.txt anew (needs uv)'
@@ -37,6 +38,10 @@ test: lint
 
 test-torch: $(TORCH_READY)
 	$(TORCH)/python -m pytest -n 0 -m torch
+
+soak: $(READY)
+	$(BIN)/python -m pytest -n 0 -m soak
+	$(BIN)/python -m tests.multiprocess.soak
 
 lint: $(READY)
 	$(BIN)/ruff check .

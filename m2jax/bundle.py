@@ -23,7 +23,7 @@ from PIL import Image
 
 from m2jax import architectures
 from m2jax import config as config_lib
-from m2jax.checkpoint import hub, manager
+from m2jax.checkpoint import hub, manager, remote
 from m2jax.checkpoint.convert import inward
 from m2jax.config import UserError
 from m2jax.config_dual import Architecture, Dual
@@ -115,15 +115,16 @@ def load(
 
     Args:
         path: a work directory (its newest checkpoint is taken), one checkpoint folder, a model
-            folder made by ``convert``, a folder made by ``export``, or ``hf:OWNER/NAME`` (with
-            ``@REVISION`` if need be): such a folder on the Hugging Face Hub.
+            folder made by ``convert``, a folder made by ``export``, ``hf:OWNER/NAME`` (with
+            ``@REVISION`` if need be): such a folder on the Hugging Face Hub, or the ``s3://`` or
+            ``gs://`` address of a work directory.
         dtype: precision of the computation; parameters keep theirs.
         mesh: where the parameters are laid out by the usual rules; one device if not given.
 
     Raises:
         UserError: there is no such directory, or nothing readable in it.
     """
-    directory = hub.download(path) if hub.is_hub(path) else Path(path)
+    directory = _local(path)
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory: name a work directory or a checkpoint")
     mesh = mesh or make_mesh(config_lib.Mesh(), jax.devices()[:1])
@@ -146,6 +147,13 @@ def load(
         None if tokenizer is None else tokenizer_from_dict(tokenizer),
         Preprocess.from_dict(saved.assets["preprocess"], _side(model)),
     )
+
+
+def _local(path: str | os.PathLike[str]) -> Path:
+    """The folder itself, or the copy of one on the Hub or on an object store."""
+    if hub.is_hub(path):
+        return hub.download(path)
+    return remote.fetched(str(path)) if remote.is_remote(path) else Path(path)
 
 
 def _for_use(model: Architecture, dtype: str, mesh: Mesh) -> Architecture:

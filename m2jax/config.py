@@ -177,6 +177,7 @@ class Train:
     accumulation: str = "exact"  # exact (encodes twice) | detach (the last part alone learns)
     log_every: int = 10  # steps between rows of metrics.jsonl
     seed: int = 0
+    stall_s: float = 1800.0  # seconds without a step before the watchdog ends the run; 0: never
     guard: Guard = field(default_factory=Guard)
 
 
@@ -185,7 +186,9 @@ class Checkpoint:
     """What survives."""
 
     every: int = 500  # steps between saves; the last step is always saved
-    keep: int = 2  # newest checkpoints kept
+    keep: int = 2  # newest checkpoints kept; a damaged one falls back to the one before it
+    keep_every: int = 0  # steps; checkpoints at multiples of it are never removed; 0: none
+    best: str = ""  # logged metric whose best checkpoint stays too; "-loss": least is best
 
 
 @dataclass(frozen=True, kw_only=True)

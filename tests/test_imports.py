@@ -17,6 +17,7 @@ PACKAGE = Path(m2jax.__file__).parent
 # Outside library -> the only place in m2jax that may import it.
 HOMES = {
     "orbax": "checkpoint",
+    "fsspec": "checkpoint",
     "grain": "data",
     "tensorflow_datasets": "data",
     "array_record": "data",

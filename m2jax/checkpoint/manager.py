@@ -4,19 +4,28 @@
 A checkpoint holds three items: ``state`` (every array of the train state, restored onto the
 sharding asked for), ``data`` (where the loader was) and ``bundle`` (config, tokenizer and
 preprocessing: what makes the parameters usable by someone else). A checkpoint is complete or
-absent: Orbax writes into a temporary folder and renames it.
+absent: Orbax writes into a temporary folder and renames it. What damages one later (a truncated
+file, a bad disk) costs the steps since the one before it, not the run.
 """
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 
 from m2jax import architectures, config_dual
 from m2jax import config as config_lib
+from m2jax.checkpoint.retention import goodness, retention
 from m2jax.config import UserError
 from m2jax.config_dual import Architecture, Dual
 
@@ -31,6 +40,10 @@ class Restored(NamedTuple):
     data: dict[str, Any]
 
 
+class DamagedError(UserError):
+    """A checkpoint whose files are missing, truncated or changed."""
+
+
 class Checkpoints:
     """The checkpoints of one work directory.
 
@@ -38,6 +51,9 @@ class Checkpoints:
         workdir: the run's folder; checkpoints lie in ``checkpoints/STEP``.
         experiment: the run, saved beside the arrays and checked on restore.
         assets: tokenizer and preprocessing as JSON-able data, saved as they are.
+
+    Raises:
+        UserError: ``checkpoint.every`` or ``checkpoint.keep`` is below 1.
     """
 
     def __init__(
@@ -46,57 +62,176 @@ class Checkpoints:
         self._experiment = experiment
         self._bundle = _bundle(experiment, assets)
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=experiment.checkpoint.keep, enable_async_checkpointing=True
+            enable_async_checkpointing=True,
+            cleanup_tmp_directories=True,  # what a killed process left half-written
+            **retention(experiment.checkpoint),
         )
         self._manager = ocp.CheckpointManager(folder(workdir), options=options)
 
-    def save(self, step: int, state: Any, data: dict[str, Any]) -> None:
-        """Starts a save of the state after ``step`` steps; a step already saved is left alone."""
+    def save(
+        self,
+        step: int,
+        state: Any,
+        data: dict[str, Any],
+        *,
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
+        """Starts a save of the state after ``step`` steps; a step already saved is left alone.
+
+        Args:
+            step: how many steps the state has seen.
+            state: the arrays; copied before this returns, so they may be donated.
+            data: the loader's state.
+            metrics: what ``checkpoint.best`` chooses by; the same in every process.
+
+        Raises:
+            UserError: this save could not begin, or the one before it could not be written.
+        """
         if step in self._manager.all_steps():
             return
+        if metrics is not None:
+            goodness(self._experiment.checkpoint.best, metrics)  # refuses a name that is none
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
             data=ocp.args.JsonSave(data),
             bundle=ocp.args.JsonSave(self._bundle),
         )
-        self._manager.save(step, args=items, force=True)
+        with _named_errors(f"{self._manager.directory}/{step}"):
+            self._manager.save(step, args=items, force=True, metrics=metrics)
 
-    def restore(self, abstract_state: Any, *, before: int | None = None) -> Restored | None:
-        """The newest checkpoint (older than ``before``), placed as ``abstract_state`` says.
+    def restore(self, abstract_state: Any) -> Restored | None:
+        """The newest checkpoint that can be read, placed as ``abstract_state`` says.
+
+        Damaged ones that are newer are renamed to ``STEP.damaged``, so that their steps can be
+        saved again; a line on standard error says so. All processes take the same one.
 
         Returns:
             ``None`` when there is none.
 
         Raises:
-            UserError: the checkpoint is of another architecture or cannot be read.
+            UserError: the newest checkpoint is of another architecture, or none can be read.
         """
         self.wait()
-        steps = [s for s in self._manager.all_steps() if before is None or s < before]
-        if not steps:
-            return None
-        step = max(steps)
-        where = f"{self._manager.directory}/{step}"
-        bundle = read_bundle(Path(self._manager.directory) / str(step))
-        _same_architecture(bundle.model, self._experiment.model, where)
-        items = ocp.args.Composite(
-            state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore()
-        )
+        damaged: dict[int, str] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            restored, reason = self._read(step, abstract_state)
+            if everyone(not reason):
+                self._put_aside(damaged, step)
+                return restored
+            damaged[step] = reason or "another process could not read it"
+        if damaged:
+            step, others = max(damaged), len(damaged) - 1
+            raise DamagedError(
+                f"{self._manager.directory}/{step}: cannot be restored ({damaged[step]})"
+                f"{f', nor can the {others} before it' if others else ''}: use the config it was "
+                "saved with, or another --workdir"
+            )
+        return None
+
+    def _read(self, step: int, abstract_state: Any) -> tuple[Restored | None, str]:
+        """One checkpoint, or why it cannot be read; without waiting for the other processes."""
+        where = epath.Path(self._manager.directory) / str(step)
         try:
-            restored = self._manager.restore(step, args=items)
-        except (ValueError, KeyError, OSError, FileNotFoundError) as error:
-            reason = str(error).split("\n")[0][:200]
-            raise UserError(
-                f"{where}: cannot be restored ({reason}): remove the folder to use an older one"
-            ) from error
-        return Restored(step, restored["state"], restored["data"])
+            saved = read_bundle(Path(where))
+            _same_architecture(saved.model, self._experiment.model, str(where))
+            data = ocp.JsonCheckpointHandler().restore(where / "data")
+            state = ocp.StandardCheckpointHandler().restore(
+                where / "state", args=ocp.args.StandardRestore(abstract_state)
+            )
+        except UserError as error:
+            if not isinstance(error, DamagedError):
+                raise
+            return None, str(error)
+        except Exception as error:  # Orbax raises a bare one where a file of an array is missing
+            reason = f"{type(error).__name__}: {first_line(error)}"
+        else:
+            return Restored(step, state, dict(data)), ""
+        _drop_failed_reads()
+        return None, reason
+
+    def _put_aside(self, damaged: dict[int, str], step: int) -> None:
+        """Renames damaged checkpoints and says where the run goes on instead."""
+        if not damaged:
+            return
+        if jax.process_index() == 0:
+            directory = epath.Path(self._manager.directory)
+            for bad, reason in damaged.items():
+                there = directory / f"{bad}.damaged"
+                if there.exists():
+                    there.rmtree()
+                (directory / str(bad)).rename(there)
+                print(
+                    f"warning: {directory}/{bad}: damaged ({reason}): renamed to {there.name}; "
+                    f"the run goes on from step {step}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+        everyone(True)  # nobody looks before it is done
+        self._manager.reload()
 
     def wait(self) -> None:
-        """Blocks until every started save is complete."""
-        self._manager.wait_until_finished()
+        """Blocks until every started save is complete.
+
+        Raises:
+            UserError: one of them could not be written.
+        """
+        with _named_errors(str(self._manager.directory)):
+            self._manager.wait_until_finished()
+        self._tag_best()
+
+    def _tag_best(self) -> None:
+        """Leaves the step of the best checkpoint in ``checkpoints/best``, where one is chosen."""
+        if not self._experiment.checkpoint.best or jax.process_index() != 0:
+            return
+        step = self._manager.best_step()
+        if step is not None:
+            tag = epath.Path(self._manager.directory) / "best"
+            temporary = tag.with_suffix(".tmp")
+            temporary.write_text(f"{step}\n")
+            temporary.replace(tag)
 
     def close(self) -> None:
-        """Waits and lets go of the folder."""
-        self._manager.close()
+        """Waits and lets go of the folder.
+
+        Raises:
+            UserError: a save could not be written.
+        """
+        with _named_errors(str(self._manager.directory)):
+            self._manager.close()
+
+
+def everyone(fine: bool) -> bool:
+    """Whether ``fine`` holds in every process of the run; waits for all of them."""
+    return bool(np.all(multihost_utils.process_allgather(np.asarray(fine))))
+
+
+def _drop_failed_reads() -> None:
+    """Collects the reads of other arrays, which Orbax leaves behind when one fails.
+
+    Their event loop is closed by then; Python would print a traceback for each, some time later.
+    """
+    before, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        gc.collect()
+    finally:
+        sys.unraisablehook = before
+
+
+@contextlib.contextmanager
+def _named_errors(where: str) -> Iterator[None]:
+    """Turns what a failed save raises, now or later, into one line."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, TimeoutError) as error:
+        raise UserError(
+            f"{where}: could not be written ({first_line(error)}): free space or mend the storage, "
+            "then start the run again: it goes on from the last complete checkpoint"
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, cut to what a terminal shows."""
+    return str(error).split("\n")[0][:200]
 
 
 class Saved(NamedTuple):
@@ -144,7 +279,7 @@ def read_bundle(checkpoint: Path) -> Saved:
     try:
         saved = handler.restore(epath.Path(checkpoint) / "bundle")
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(
+        raise DamagedError(
             f"{checkpoint}: no readable checkpoint ({type(error).__name__}): "
             "remove the folder to use the one before it"
         ) from error
@@ -169,6 +304,11 @@ def read_bundle(checkpoint: Path) -> Saved:
 def read_params(checkpoint: Path, abstract_params: Any) -> Any:
     """The parameters alone (the averaged ones where the run kept them), nothing else read.
 
+    Args:
+        checkpoint: one checkpoint folder.
+        abstract_params: shapes, with shardings, of the parameters wanted: all, or a subtree such as
+            one tower.
+
     Raises:
         UserError: the arrays are missing, damaged, or of other shapes.
     """
@@ -185,9 +325,8 @@ def read_params(checkpoint: Path, abstract_params: Any) -> Any:
         )
         return handler.restore(where, args=args)[key]
     except Exception as error:  # Orbax raises a bare one where a file of an array is missing
-        reason = str(error).split("\n")[0][:200]
-        raise UserError(
-            f"{where}: parameters cannot be read ({reason}): use another checkpoint"
+        raise DamagedError(
+            f"{where}: parameters cannot be read ({first_line(error)}): use another checkpoint"
         ) from error
 
 

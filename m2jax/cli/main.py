@@ -18,7 +18,8 @@ VERBS = (doctor, data, train, evaluate, embed, convert, inspect, plan)
 
 EXIT_CODES = (
     "exit codes: 0 done, 1 the program failed, 2 wrong usage or bad input, "
-    "3 a planned step does not fit, 4 an imported model failed its check"
+    "3 a planned step does not fit, 4 an imported model failed its check, "
+    "42 preempted after a save (start again to go on), 43 the watchdog ended a stalled run"
 )
 
 
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         return 1
     except Exception as error:
-        return _report(error, debug=args.debug)
+        return report(error, debug=args.debug)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -90,7 +91,7 @@ def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return others, overrides
 
 
-def _report(error: Exception, *, debug: bool) -> int:
+def report(error: Exception, *, debug: bool) -> int:
     """Prints an error the way its kind deserves; returns the exit code."""
     from m2jax.config import UserError
 

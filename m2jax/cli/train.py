@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 
@@ -24,19 +23,28 @@ def add_parser(subparsers: Any) -> None:
         help="the experiment: a file, or the name of one that ships with m2jax",
     )
     parser.add_argument(
-        "--workdir", required=True, type=Path, help="where checkpoints, metrics and the report go"
+        "--workdir",
+        required=True,
+        help="where checkpoints, metrics and the report go: a folder, s3://... or gs://...",
     )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trains."""
+    """Trains; the exit code is the run's."""
+    import jax
+
+    from m2jax.cli.main import report
     from m2jax.config_files import load_config
-    from m2jax.dist.bootstrap import start
+    from m2jax.dist.bootstrap import leave_peers, start
     from m2jax.train import main
 
     experiment = load_config(args.config, args.overrides)
     main.use_cpu_devices(experiment)
     start()
-    main.run(experiment, args.workdir)
-    return 0
+    try:
+        return main.run(experiment, args.workdir)
+    except Exception as error:
+        if jax.process_count() > 1:
+            leave_peers(report(error, debug=args.debug))
+        raise

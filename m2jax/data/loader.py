@@ -101,4 +101,25 @@ def make_loader(experiment: Experiment, mesh: Mesh) -> Loader:
                 f"data.batch_size={cfg.batch_size}: does not divide over {count} {what}: "
                 "change it or the mesh"
             )
+    _refuse_shared_rows(mesh, cfg.batch_size)
     return Loader(SOURCES[cfg.name](experiment), mesh, cfg.batch_size, cfg.prefetch)
+
+
+def _refuse_shared_rows(mesh: Mesh, batch_size: int) -> None:
+    """Every row of a batch must lie in one process, and as many in each.
+
+    Raises:
+        UserError: fewer shards of the batch than processes, or a shard on two of them. Both would
+            feed that shard, each with other rows: a smaller batch whose copies disagree.
+    """
+    rows_of: dict[int, set[int]] = {}
+    places = batch_sharding(mesh).devices_indices_map((batch_size,))
+    for device, (rows,) in places.items():
+        rows_of.setdefault(device.process_index, set()).update(range(*rows.indices(batch_size)))
+    if any(len(rows) * len(rows_of) != batch_size for rows in rows_of.values()):
+        shards = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+        raise UserError(
+            f"mesh: {shards} shards of the batch do not lie whole in {len(rows_of)} processes: "
+            "make mesh.replica x data x fsdp a multiple of the processes, and mesh.model a "
+            "divisor of the devices of one"
+        )

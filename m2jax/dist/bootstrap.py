@@ -5,17 +5,24 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import sys
+import time
 from dataclasses import dataclass
+from typing import NoReturn
 
 import jax
+from jax.experimental import multihost_utils
 
 from m2jax.config import UserError
-from m2jax.dist.host import load_devices
+from m2jax.dist.host import load_devices, ready_cpu_collectives
 from m2jax.dist.launchers import Found, detect
 
 # A process that compiles holds Python's lock for minutes; jax's 100 s would take it for dead.
 HEARTBEAT_TIMEOUT_S = 300
+# The first process scores what was trained while the others wait for it to leave together.
+SHUTDOWN_TIMEOUT_S = 3600
+LAST_WORDS_S = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,10 +59,13 @@ def start(*, quiet: bool = False, timeout_s: int = 300) -> Processes:
     found = detect(os.environ)
     if found.via == "single" and _on_tpu_vm():
         found = Found(via="tpu-vm", ask_jax="gcetpu")
-    if (found.count > 1 or found.ask_jax) and not jax.distributed.is_initialized():
+    processes = 2 if found.ask_jax else found.count  # jax's detectors count them later
+    ready_cpu_collectives(os.environ, processes=processes, local_devices=_cpu_devices())
+    joins = processes > 1 and not jax.distributed.is_initialized()
+    if joins:
         _join(found, timeout_s)
     load_devices()
-    processes = Processes(
+    joined = Processes(
         index=jax.process_index(),
         count=jax.process_count(),
         local_devices=jax.local_device_count(),
@@ -63,9 +73,35 @@ def start(*, quiet: bool = False, timeout_s: int = 300) -> Processes:
         via=found.via,
         coordinator=found.coordinator,
     )
+    if joins and jax.default_backend() == "cpu":
+        # Gloo connects at its first use and waits for 30 s: all are here now, but later one may
+        # still compile.
+        multihost_utils.sync_global_devices("m2jax.start")
     if not quiet:
-        print(processes, file=sys.stderr, flush=True)
-    return processes
+        print(joined, file=sys.stderr, flush=True)
+    return joined
+
+
+def leave_peers(code: int) -> NoReturn:
+    """Ends this process of several after a failure, without waiting for the others.
+
+    A usual exit waits until every process leaves, and they may be waiting for this one in a
+    collective. They notice that it is gone and end as well; process 0, which they notice at once,
+    stays for the moment in which they may say what they failed at themselves.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if jax.process_index() == 0:
+        time.sleep(LAST_WORDS_S)
+    os._exit(code)
+
+
+def _cpu_devices() -> int:
+    """Devices that this process has if it is on a CPU."""
+    flag = r"--xla_force_host_platform_device_count=(\d+)"
+    forced = re.search(flag, os.environ.get("XLA_FLAGS", ""))
+    asked: int = jax.config.jax_num_cpu_devices  # pyright: ignore[reportAttributeAccessIssue]
+    return max(int(forced[1]) if forced else 1, asked)
 
 
 def _join(found: Found, timeout_s: int) -> None:
@@ -92,6 +128,7 @@ def _join(found: Found, timeout_s: int) -> None:
             **options,  # pyright: ignore[reportArgumentType]
             initialization_timeout=timeout_s,
             heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S,
+            shutdown_timeout_seconds=SHUTDOWN_TIMEOUT_S,
         )
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]

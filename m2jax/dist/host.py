@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
+import importlib.util
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 
 TUNABLE = "GLIBC_TUNABLES"
@@ -31,6 +33,48 @@ def restart_with_huge_pages() -> None:
 def has_tpu(devices: Path = PCI) -> bool:
     """Whether this host may have a TPU: a PCI device of Google's."""
     return any(file.read_text().strip() == GOOGLE for file in devices.glob("*/vendor"))
+
+
+IN_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler"
+
+
+THREADS = "PJRT_NPROC"  # of each of XLA's thread pools on the CPU; as many as cores if not set
+
+
+def ready_cpu_collectives(
+    environ: MutableMapping[str, str], *, processes: int, local_devices: int
+) -> None:
+    """Tells XLA how to run the collectives of a CPU program, where it has any.
+
+    In program order: independent loops of one step (two contrastive losses in a ring) otherwise run
+    side by side, processes meet in different orders, and gloo aborts them. With threads to spare
+    between processes: a collective holds its thread until the peers come, and devices that share as
+    many threads as there are cores can each hold the one that another needs.
+
+    Must come before jax's first device. Flags that XLA does not know end a process, so accelerators
+    never get this one; nor is what the user set changed.
+
+    Args:
+        environ: the environment, changed in place.
+        processes: of the run.
+        local_devices: of this process.
+    """
+    if processes * local_devices == 1 or not on_cpu(environ):
+        return
+    flags = environ.get("XLA_FLAGS", "")
+    if IN_ORDER not in flags:
+        environ["XLA_FLAGS"] = f"{flags} {IN_ORDER}=false".strip()
+    if processes > 1:
+        environ.setdefault(THREADS, str(max(os.cpu_count() or 1, 4 * local_devices)))
+
+
+def on_cpu(environ: Mapping[str, str]) -> bool:
+    """Whether jax will run on the CPU, found without starting it; no when in doubt."""
+    platforms = environ.get("JAX_PLATFORMS", "")
+    if platforms:
+        return platforms == "cpu"
+    plugins = importlib.metadata.entry_points(group="jax_plugins")
+    return not (plugins or importlib.util.find_spec("jax_plugins") or has_tpu())
 
 
 NO_TPU = {

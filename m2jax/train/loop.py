@@ -17,8 +17,11 @@ import numpy as np
 from m2jax.checkpoint.manager import Checkpoints
 from m2jax.config import Experiment, UserError
 from m2jax.data.loader import Loader
+from m2jax.dist.preemption import Preemption
 from m2jax.obs.metrics import MetricWriter
 from m2jax.obs.progress import Progress
+from m2jax.obs.silent import SilentProgress, SilentWriter
+from m2jax.obs.watchdog import Watchdog
 from m2jax.train.state import TrainState
 from m2jax.train.step import Step
 from m2jax.train.task import Metrics
@@ -30,6 +33,7 @@ class LoopResult(NamedTuple):
     state: TrainState
     steps: int
     seconds: float  # in the loop, compilation and earlier processes of the run included
+    preempted: bool = False  # it saved and stopped early because it was told to
 
 
 @dataclasses.dataclass
@@ -40,31 +44,45 @@ class Loop:
     step: Step
     loader: Loader
     checkpoints: Checkpoints
-    writer: MetricWriter
-    progress: Progress
+    writer: MetricWriter | SilentWriter
+    progress: Progress | SilentProgress
+    preemption: Preemption
+    watchdog: Watchdog
     rewinds: int = 0
 
     def run(self, state: TrainState) -> LoopResult:
-        """Runs to ``train.steps``; saves on the way and at the end."""
+        """Runs to ``train.steps``, or to where a preemption stops it; saves on the way and then."""
         begin = last = time.perf_counter()
         before = self.writer.seconds  # of the processes this run goes on from
         step = since = int(state.step)
         steps = self.experiment.train.steps
-        while step < steps:
+        stop = False
+        while step < steps and not stop:
             state, metrics = self.step.run(state, next(self.loader))
             step += 1
-            if step % self.experiment.train.log_every == 0 or step == steps:
+            self.watchdog.beat(step)
+            stop = self.preemption.reached(step)
+            save = stop or step % self.experiment.checkpoint.every == 0 or step == steps
+            if step % self.experiment.train.log_every == 0 or step == steps or stop:
                 skipped = int(metrics["skipped"])
                 now = time.perf_counter()
                 self.log(step, metrics, (step - since) / (now - last), before + now - begin)
                 last, since = now, step
                 if skipped >= self.experiment.train.guard.patience:
                     state = self.rewind(step)
-                    continue
-            if step % self.experiment.checkpoint.every == 0 or step == steps:
-                self.checkpoints.save(step, state, self.loader.get_state())
+                    save = stop
+            if save:
+                self.save(step, state, metrics)
+                self.watchdog.beat(step)
         self.checkpoints.wait()
-        return LoopResult(state, step, before + time.perf_counter() - begin)
+        seconds = before + time.perf_counter() - begin
+        return LoopResult(state, step, seconds, preempted=stop and step < steps)
+
+    def save(self, step: int, state: TrainState, metrics: Metrics) -> None:
+        """Starts a checkpoint; reads the step's metrics only where they choose the best one."""
+        best = self.experiment.checkpoint.best
+        chosen_by = {name: float(value) for name, value in metrics.items()} if best else None
+        self.checkpoints.save(step, state, self.loader.get_state(), metrics=chosen_by)
 
     def log(self, step: int, metrics: Metrics, steps_per_s: float, seconds: float) -> None:
         """One row for machines, one line for people."""

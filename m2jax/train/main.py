@@ -9,55 +9,76 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from m2jax import architectures
-from m2jax import config as config_lib
 from m2jax.bundle import load
 from m2jax.checkpoint.manager import Checkpoints
-from m2jax.config import Experiment, UserError
+from m2jax.config import Experiment
 from m2jax.data.loader import make_loader
 from m2jax.dist.mesh import make_mesh
+from m2jax.dist.preemption import Preemption
 from m2jax.eval.report import write_report
 from m2jax.eval.runner import run_suite, table, write_metrics
 from m2jax.obs.metrics import MetricWriter, read_rows
 from m2jax.obs.progress import Progress
+from m2jax.obs.silent import SilentProgress, SilentWriter
+from m2jax.obs.watchdog import Watchdog
+from m2jax.train import workdir as workdir_lib
 from m2jax.train.image_text import ImageTextTask
 from m2jax.train.loop import Loop
 from m2jax.train.step import Step, make_step
 from m2jax.train.task import Task
+
+PREEMPTED = 42  # exit code of a run that saved and stopped because it was told to
 
 
 def run(experiment: Experiment, workdir: str | os.PathLike[str]) -> int:
     """Trains, resuming from the newest checkpoint of ``workdir`` if it holds one; then scores.
 
     Returns:
-        The exit code: 0.
+        The exit code: 0, or 42 when it was told to end, saved and stopped before the last step.
 
     Raises:
         UserError: anything in the config, the data or the directory that cannot work.
     """
-    directory = prepare(Path(workdir), experiment)
+    with workdir_lib.opened(workdir, experiment) as directory:
+        return _run(experiment, directory)
+
+
+def _run(experiment: Experiment, directory: Path) -> int:
+    """The run inside its local folder."""
     mesh = make_mesh(experiment.mesh)
     loader = make_loader(experiment, mesh)
     _, step = assemble(experiment, mesh)
     checkpoints = Checkpoints(directory, experiment, loader.assets)
-    restored = checkpoints.restore(step.abstract_state)
-    if restored is None:
-        start, state = 0, step.init()
-    else:
-        start, state = restored.step, restored.state
-        loader.set_state(restored.data)
-    writer = MetricWriter(directory, start)
-    progress = Progress(experiment.train.steps, start)
-    loop = Loop(experiment, step, loader, checkpoints, writer, progress)
-    try:
-        loop.run(state)
-    finally:
-        loader.close()
-        writer.close()
-        checkpoints.close()
-    if experiment.eval.suite:
+    with Preemption() as preemption, Watchdog(experiment.train.stall_s) as watchdog:
+        restored = checkpoints.restore(step.abstract_state)
+        if restored is None:
+            start, state = 0, step.init()
+        else:
+            start, state = restored.step, restored.state
+            loader.set_state(restored.data)
+        writer, progress = reporters(directory, experiment, start)
+        loop = Loop(experiment, step, loader, checkpoints, writer, progress, preemption, watchdog)
+        try:
+            result = loop.run(state)
+        finally:
+            loader.close()
+            writer.close()
+            checkpoints.close()
+    if result.preempted:
+        progress.note(f"step {result.steps}: preempted after a save; start again to go on")
+        return PREEMPTED
+    if experiment.eval.suite and jax.process_index() == 0:
         score(directory, experiment)
     return 0
+
+
+def reporters(
+    directory: Path, experiment: Experiment, start: int
+) -> tuple[MetricWriter | SilentWriter, Progress | SilentProgress]:
+    """Where rows and the status line go; one process of a run writes them for all."""
+    if jax.process_index() != 0:
+        return SilentWriter(), SilentProgress()
+    return MetricWriter(directory, start), Progress(experiment.train.steps, start)
 
 
 def assemble(experiment: Experiment, mesh: Mesh) -> tuple[Task, Step]:
@@ -93,31 +114,3 @@ def use_cpu_devices(experiment: Experiment) -> None:
     """
     if experiment.mesh.cpu_devices:
         jax.config.update("jax_num_cpu_devices", experiment.mesh.cpu_devices)
-
-
-def prepare(workdir: Path, experiment: Experiment) -> Path:
-    """Makes the work directory and writes ``config.json``; never over another model's.
-
-    Raises:
-        UserError: the directory cannot be made, or belongs to another architecture.
-    """
-    file = workdir / "config.json"
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        if file.exists():
-            saved = config_lib.from_json(file.read_text(encoding="utf-8"), str(file))
-            for key in architectures.SIZES:
-                had, want = getattr(saved.model, key), getattr(experiment.model, key)
-                if had != want:
-                    raise UserError(
-                        f"{file}: model.{key} is {had} there and {want} in this run: "
-                        "name another --workdir or use that run's config"
-                    )
-        temporary = workdir / "config.json.tmp"
-        temporary.write_text(config_lib.to_json(experiment), encoding="utf-8")
-        os.replace(temporary, file)
-    except OSError as error:
-        raise UserError(
-            f"--workdir {workdir}: {error.strerror}: name a directory you may write to"
-        ) from error
-    return workdir

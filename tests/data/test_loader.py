@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import contextlib
 import dataclasses
 
 import numpy as np
@@ -55,6 +56,30 @@ def test_unknown_sets_and_batches_that_do_not_divide_are_refused():
     bad = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, batch_size=12))
     with pytest.raises(UserError, match="does not divide over 8"):
         loader.make_loader(bad, mesh)
+
+
+@pytest.mark.parametrize(
+    ("rows_of", "fits"),
+    [
+        ({0: [(0, 4)], 1: [(4, 8)]}, True),
+        ({0: [(4, 6), (6, 8)], 1: [(0, 2), (2, 4)]}, True),  # a mesh may order hosts otherwise
+        ({0: [(0, 8)], 1: [(0, 8)]}, False),  # one shard, two processes (model axis across hosts)
+        ({0: [(0, 4), (0, 4), (4, 6)], 1: [(4, 6), (6, 8), (6, 8)]}, False),
+    ],
+)
+def test_a_shard_of_rows_lies_in_one_process(monkeypatch, rows_of, fits):
+    class Device:
+        def __init__(self, process):
+            self.process_index = process
+
+    class Places:
+        def devices_indices_map(self, shape):
+            return {Device(p): (slice(*rows),) for p, held in rows_of.items() for rows in held}
+
+    monkeypatch.setattr(loader, "batch_sharding", lambda mesh: Places())
+    refused = pytest.raises(UserError, match="do not lie whole in 2 processes")
+    with contextlib.nullcontext() if fits else refused:
+        loader._refuse_shared_rows(make_mesh(Mesh()), 8)
 
 
 TEXTS = ["red apple", "green apple", "红苹果", "青苹果", "cat", "猫"]

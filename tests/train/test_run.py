@@ -130,10 +130,10 @@ def test_load_refuses_what_is_no_model(tmp_path):
         load(tmp_path)
 
 
-def test_a_damaged_checkpoint_is_one_line(tmp_path, monkeypatch):
+def test_damaged_checkpoints_are_one_line(tmp_path, monkeypatch):
     cfg = toy.experiment(monkeypatch)
     main.run(cfg, tmp_path)
-    for file in (manager.newest(tmp_path) / "state").rglob("*"):
+    for file in manager.folder(tmp_path).glob("*/state/**/*"):
         if file.is_file():
             file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(UserError) as caught:

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The folder of a run: made, checked to be this run's, and seen by all of its processes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+from m2jax import architectures
+from m2jax import config as config_lib
+from m2jax.checkpoint import remote
+from m2jax.checkpoint.manager import everyone
+from m2jax.config import Experiment, UserError
+
+VISIBLE_AFTER_S = 60.0  # network file systems show another host's file this much later
+
+
+@contextlib.contextmanager
+def opened(workdir: str | os.PathLike[str], experiment: Experiment) -> Iterator[Path]:
+    """The local folder to run in, with ``config.json``; a remote one is mirrored in the block.
+
+    Raises:
+        UserError: it cannot be made, belongs to another architecture, or is not the same folder in
+            every process.
+    """
+    if not remote.is_remote(workdir):
+        yield prepare(Path(workdir), experiment)
+        return
+    if jax.process_index() == 0:
+        with remote.mirrored(str(workdir)) as directory:
+            yield prepare(directory, experiment)
+    else:
+        yield prepare(remote.staging(str(workdir)), experiment)
+
+
+def prepare(workdir: Path, experiment: Experiment) -> Path:
+    """Makes the work directory and writes ``config.json``; never over another model's.
+
+    Raises:
+        UserError: the directory cannot be made, belongs to another architecture, or is another
+            folder in another process.
+    """
+    if jax.process_index() == 0:
+        _make(workdir, experiment)
+    everyone(True)  # the first process is through
+    if not everyone(_appears(workdir / "config.json")):
+        raise UserError(
+            f"--workdir {workdir}: not the same folder in every process: put it on a file system "
+            "that all hosts share"
+        )
+    return workdir
+
+
+def _make(workdir: Path, experiment: Experiment) -> None:
+    file, temporary = workdir / "config.json", workdir / "config.json.tmp"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if file.exists():
+            _same_architecture(file, experiment)
+        temporary.write_text(config_lib.to_json(experiment), encoding="utf-8")
+        os.replace(temporary, file)
+    except OSError as error:
+        raise UserError(
+            f"--workdir {workdir}: {error.strerror}: name a directory you may write to"
+        ) from error
+
+
+def _same_architecture(file: Path, experiment: Experiment) -> None:
+    saved = config_lib.from_json(file.read_text(encoding="utf-8"), str(file))
+    for key in architectures.SIZES:
+        had, want = getattr(saved.model, key), getattr(experiment.model, key)
+        if had != want:
+            raise UserError(
+                f"{file}: model.{key} is {had} there and {want} in this run: "
+                "name another --workdir or use that run's config"
+            )
+
+
+def _appears(file: Path) -> bool:
+    """Whether a file is there, or comes within the time that a network file system takes."""
+    deadline = time.monotonic() + VISIBLE_AFTER_S
+    while not file.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.5)
+    return True
