@@ -15,9 +15,9 @@ import json
 import os
 import posixpath
 import re
-import shutil
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -112,7 +112,13 @@ class Store:
         marker = self.read(CHECKPOINTS, str(step), MARKER)
         temporary, final = checkpoints / f"{step}.pulled-tmp", checkpoints / str(step)
         for name, size in json.loads(marker or b'{"files": {}}')["files"].items():
-            local = temporary / name
+            parts = name.split("/")
+            if posixpath.isabs(name) or not {"", ".", ".."}.isdisjoint(parts):
+                raise UserError(
+                    f"{self.url}: {MARKER} of step {step} names {name!r}, which lies outside of "
+                    "the checkpoint: remove the checkpoint"
+                )
+            local = temporary.joinpath(*parts)
             local.parent.mkdir(parents=True, exist_ok=True)
             source = self.path(CHECKPOINTS, str(step), name)
             try:
@@ -220,14 +226,19 @@ def mirrored(url: str) -> Iterator[Path]:
     """The local folder of a remote work directory, as the store has it now; mirrored in the block.
 
     What an earlier run staged here and could not copy any more is kept and copied now, unless the
-    store holds nothing of the run: then somebody removed it there, and it begins anew.
+    store holds nothing of the run: then somebody removed it there, and it begins anew. What was
+    staged is set aside, never removed: it may be all there is.
 
     Raises:
         UserError: the store cannot be read or written.
     """
     store, directory = Store(url), staging(url)
     if directory.exists() and store.read("config.json") is None:
-        shutil.rmtree(directory)
+        aside = directory.with_name(f"{directory.name}.aside-{time.time_ns()}")
+        directory.rename(aside)
+        print(
+            f"warning: {url} holds no run any more: what was staged is in {aside}", file=sys.stderr
+        )
     (directory / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
     for name in ("config.json", "metrics.jsonl"):
         contents = store.read(name)

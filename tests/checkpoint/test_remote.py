@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A checkpoint on a store is complete or does not exist, whatever fails on the way."""
 
+import json
 import shutil
 import uuid
 
@@ -93,6 +94,18 @@ def test_a_file_cut_short_there_is_refused(tmp_path, url):
     assert not (tmp_path / "4").exists()
 
 
+@pytest.mark.parametrize("name", ["../../../config.json", "/tmp/x", "state//x", "state/./x"])
+def test_a_marker_that_names_files_elsewhere_is_refused(tmp_path, url, name):
+    store = remote.Store(url)
+    store.push(local_run(tmp_path / "run") / "checkpoints" / "4")
+    marker = json.dumps({"files": {name: 4}}).encode()
+    store.fs.pipe_file(store.path("checkpoints", "4", "complete.json"), marker)
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    with pytest.raises(UserError, match="lies outside of the checkpoint"):
+        store.pull(4, tmp_path / "a" / "b")
+    assert [p.name for p in (tmp_path / "a").rglob("*")] == ["b"]
+
+
 def test_an_unknown_protocol_is_one_line():
     with pytest.raises(UserError, match=r"use a path, s3://\.\.\. or gs://"):
         remote.Store("nowhere://a/b")
@@ -151,6 +164,8 @@ def test_a_run_removed_from_the_store_begins_anew(url, monkeypatch, tmp_path):
     store.fs.rm(store.path(), recursive=True)
     with remote.mirrored(url) as folder:
         assert not list((folder / "checkpoints").iterdir())
+    (aside,) = folder.parent.glob(f"{folder.name}.aside-*")  # it may have been all there was
+    assert (aside / "checkpoints" / "4" / "state").is_dir()
 
 
 @pytest.fixture
