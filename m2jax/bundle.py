@@ -123,9 +123,7 @@ def load(
     Raises:
         UserError: there is no such directory, or nothing readable in it.
     """
-    directory = hub.download(path) if hub.is_hub(path) else Path(path)
-    if not directory.is_dir():
-        raise UserError(f"{directory}: no such directory: name a work directory or a checkpoint")
+    directory = _directory(path)
     mesh = mesh or make_mesh(config_lib.Mesh(), jax.devices()[:1])
     checkpoint = _checkpoint(directory)
     if checkpoint is None:
@@ -146,6 +144,26 @@ def load(
         None if tokenizer is None else tokenizer_from_dict(tokenizer),
         Preprocess.from_dict(saved.assets["preprocess"], _side(model)),
     )
+
+
+def read_saved(path: str | os.PathLike[str]) -> manager.Saved | None:
+    """Config, tokenizer and preprocessing of what ``load`` takes, without its parameters.
+
+    Returns:
+        ``None`` for a folder in another format, whose config comes with its parameters alone.
+
+    Raises:
+        UserError: there is no such directory, or nothing readable in it.
+    """
+    checkpoint = _checkpoint(_directory(path))
+    return None if checkpoint is None else manager.read_bundle(checkpoint)
+
+
+def _directory(path: str | os.PathLike[str]) -> Path:
+    directory = hub.download(path) if hub.is_hub(path) else Path(path)
+    if not directory.is_dir():
+        raise UserError(f"{directory}: no such directory: name a work directory or a checkpoint")
+    return directory
 
 
 def _for_use(model: Architecture, dtype: str, mesh: Mesh) -> Architecture:

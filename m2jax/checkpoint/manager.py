@@ -38,13 +38,20 @@ class Checkpoints:
         workdir: the run's folder; checkpoints lie in ``checkpoints/STEP``.
         experiment: the run, saved beside the arrays and checked on restore.
         assets: tokenizer and preprocessing as JSON-able data, saved as they are.
+        model: of the run, where it is not ``experiment.model``.
     """
 
     def __init__(
-        self, workdir: Path, experiment: config_lib.Experiment, assets: dict[str, Any]
+        self,
+        workdir: Path,
+        experiment: config_lib.Experiment,
+        assets: dict[str, Any],
+        model: Architecture | None = None,
     ) -> None:
-        self._experiment = experiment
-        self._bundle = _bundle(experiment, assets)
+        self._experiment, self._model = experiment, model or experiment.model
+        self._bundle = (
+            bundle_item(model, assets) if isinstance(model, Dual) else _bundle(experiment, assets)
+        )
         options = ocp.CheckpointManagerOptions(
             max_to_keep=experiment.checkpoint.keep, enable_async_checkpointing=True
         )
@@ -77,7 +84,7 @@ class Checkpoints:
         step = max(steps)
         where = f"{self._manager.directory}/{step}"
         bundle = read_bundle(Path(self._manager.directory) / str(step))
-        _same_architecture(bundle.model, self._experiment.model, where)
+        _same_architecture(bundle.model, self._model, where)
         items = ocp.args.Composite(
             state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore()
         )
@@ -148,12 +155,20 @@ def read_bundle(checkpoint: Path) -> Saved:
             f"{checkpoint}: no readable checkpoint ({type(error).__name__}): "
             "remove the folder to use the one before it"
         ) from error
-    where = f"{checkpoint}/bundle"
+    return parse_bundle(saved, f"{checkpoint}/bundle")
+
+
+def parse_bundle(saved: Any, where: str) -> Saved:
+    """Inverse of ``bundle_item``; ``where`` names the source in errors.
+
+    Raises:
+        UserError: damaged, or of a newer format.
+    """
     if not isinstance(saved, dict):
         raise UserError(f"{where}: holds no JSON object: use another checkpoint")
     if saved.get("format") != FORMAT:
         raise UserError(
-            f"{checkpoint}: format {saved.get('format')} but this m2jax reads {FORMAT}: update it"
+            f"{where}: format {saved.get('format')} but this m2jax reads {FORMAT}: update it"
         )
     assets, text = saved.get("assets"), saved.get("dual", saved.get("config"))
     if not isinstance(text, str) or not isinstance(assets, dict):
@@ -191,12 +206,19 @@ def read_params(checkpoint: Path, abstract_params: Any) -> Any:
         ) from error
 
 
-def _same_architecture(saved: Architecture, wanted: config_lib.Model, where: str) -> None:
+def _same_architecture(saved: Architecture, wanted: Architecture, where: str) -> None:
     """Refuses parameters of other shapes, naming the first size that differs."""
-    for key in architectures.SIZES:
-        had, want = getattr(saved, key, "absent"), getattr(wanted, key)
+    for key, want in _sizes(wanted).items():
+        had = _sizes(saved).get(key, "absent")
         if had != want:
             raise UserError(
                 f"{where}: model.{key} is {had} there and {want} in this run: "
                 "use the config of that run or another --workdir"
             )
+
+
+def _sizes(model: Architecture) -> dict[str, Any]:
+    """What must agree for parameters to fit."""
+    if isinstance(model, Dual):
+        return {"vision": model.vision, "text": model.text, "out_dim": model.out_dim}
+    return {key: getattr(model, key) for key in architectures.SIZES}
