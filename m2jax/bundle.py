@@ -124,9 +124,7 @@ def load(
     Raises:
         UserError: there is no such directory, or nothing readable in it.
     """
-    directory = _local(path)
-    if not directory.is_dir():
-        raise UserError(f"{directory}: no such directory: name a work directory or a checkpoint")
+    directory = _directory(path)
     mesh = mesh or make_mesh(config_lib.Mesh(), jax.devices()[:1])
     checkpoint = _checkpoint(directory)
     if checkpoint is None:
@@ -149,11 +147,28 @@ def load(
     )
 
 
-def _local(path: str | os.PathLike[str]) -> Path:
+def read_saved(path: str | os.PathLike[str]) -> manager.Saved | None:
+    """Config, tokenizer and preprocessing of what ``load`` takes, without its parameters.
+
+    Returns:
+        ``None`` for a folder in another format, whose config comes with its parameters alone.
+
+    Raises:
+        UserError: there is no such directory, or nothing readable in it.
+    """
+    checkpoint = _checkpoint(_directory(path))
+    return None if checkpoint is None else manager.read_bundle(checkpoint)
+
+
+def _directory(path: str | os.PathLike[str]) -> Path:
     """The folder itself, or the copy of one on the Hub or on an object store."""
     if hub.is_hub(path):
-        return hub.download(path)
-    return remote.fetched(str(path)) if remote.is_remote(path) else Path(path)
+        directory = hub.download(path)
+    else:
+        directory = remote.fetched(str(path)) if remote.is_remote(path) else Path(path)
+    if not directory.is_dir():
+        raise UserError(f"{directory}: no such directory: name a work directory or a checkpoint")
+    return directory
 
 
 def _for_use(model: Architecture, dtype: str, mesh: Mesh) -> Architecture:

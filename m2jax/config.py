@@ -85,17 +85,38 @@ class Augment:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Part:
+    """One source of a mixture."""
+
+    name: str = ""  # what the log calls it
+    kind: str = "tsv"  # tsv | tars
+    files: tuple[str, ...] = ()  # paths, or patterns with *
+    weight: float = 1.0  # rows of it come in proportion to this
+    language: str = "en"  # of captions that do not say theirs: the .txt files of tars
+
+
+@dataclass(frozen=True, kw_only=True)
 class Data:
     """Where samples come from and how they become batches."""
 
-    name: str = "emoji"
+    name: str = "emoji"  # emoji | tsv | tars | mixture: a row of data.loader.SOURCES
+    files: tuple[str, ...] = ()  # tsv, tars: paths, or patterns with *
+    mixture: tuple[Part, ...] = ()  # the sources of name="mixture"
+    language: str = "en"  # tars: of captions that do not say theirs
+    unreadable: str = "error"  # a damaged image or row ends the run (error) or is counted (skip)
+    draft: bool = (
+        False  # decode JPEGs at 1/2, 1/4 or 1/8 of their size, never below twice the model's
+    )
+    tokenizer: str = ""  # files without --init: a folder with GLM's tokenizer, or a .model file
     dir: str = ""  # built data sets; "" is $M2JAX_DATA, else ~/.cache/m2jax
     batch_size: int = 256  # image-text pairs per step, over all devices
     views: int = 1  # drawings of one concept in a batch; the texts are shared between them
-    languages: tuple[str, ...] = ("en", "zh")
+    languages: tuple[str, ...] = ("en", "zh")  # texts of a row; "any": one, in whichever it has
     keywords: float = 0.0  # probability that a keyword stands for, or beside, the name
     hold_out_styles: tuple[str, ...] = ()  # kept out of training for tuning; they become validation
-    prefetch: int = 2  # batches prepared ahead of the step
+    prefetch: int = 2  # batches prepared ahead of the step, each by its own thread
+    workers: int = 0  # processes that prepare batches instead of threads of this one
+    device_prefetch: int = 1  # batches put on the devices ahead of the step
     augment: Augment = field(default_factory=Augment)
 
 
@@ -126,6 +147,20 @@ class Optim:
     clip_norm: float = 1.0  # of the global gradient; 0 switches clipping off
     adam_factor: float = 1.0  # muon: learning rate of the non-matrix parameters / learning_rate
     ema: float = 0.0  # decay of the averaged parameters that evaluation uses; 0: none
+    layer_decay: float = 1.0  # learning rate of a layer / that of the layer above it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetune:
+    """A run that starts from a trained model; ``m2jax train --init DIR`` sets ``init``.
+
+    Sizes of ``model`` left at 0 are then those of the source. ``image_size`` may differ: the
+    position table is interpolated.
+    """
+
+    init: str = ""  # whatever m2jax.load takes; "": fresh parameters
+    freeze: str = ""  # image | text: this tower's features stay as they are (LiT)
+    heads: str = "keep"  # keep | fresh: the maps to the features
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +217,15 @@ class Train:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Log:
+    """Who else hears of metrics; ``metrics.jsonl`` always does."""
+
+    tensorboard: bool = True  # event files under WORKDIR/tensorboard
+    wandb: str = ""  # project on Weights & Biases; "": none
+    profile: str = ""  # A:B traces steps A to B-1 into WORKDIR/profile; "": none
+
+
+@dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     """What survives."""
 
@@ -209,6 +253,8 @@ class Experiment:
     mesh: Mesh = field(default_factory=Mesh)
     optim: Optim = field(default_factory=Optim)
     loss: Loss = field(default_factory=Loss)
+    finetune: Finetune = field(default_factory=Finetune)
+    log: Log = field(default_factory=Log)
     train: Train = field(default_factory=Train)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     eval: Eval = field(default_factory=Eval)
@@ -255,10 +301,15 @@ def as_config_dict(experiment: Experiment | None = None) -> ConfigDict:
 def build(config: ConfigDict) -> Experiment:
     """The frozen form of an edited config, with the model's sizes resolved.
 
+    Those of a run that starts from a trained model are resolved by ``train.origin.adopt``, which
+    reads that model.
+
     Raises:
         UserError: a value is out of its choices or sizes do not fit together.
     """
     experiment = from_mapping(Experiment, config.to_dict(), "config")
+    if experiment.finetune.init:
+        return experiment
     return dataclasses.replace(experiment, model=resolve(experiment.model))
 
 
@@ -286,6 +337,10 @@ _CHOICES: Mapping[tuple[type, str], tuple[str, ...]] = types.MappingProxyType(
         (Model, "attention"): ("batch", "sample"),
         (Model, "remat"): tuple(REMAT),
         (Optim, "name"): ("adamw", "adafactor", "lion", "muon"),
+        (Data, "unreadable"): ("error", "skip"),
+        (Part, "kind"): ("tsv", "tars"),
+        (Finetune, "freeze"): ("", "image", "text"),
+        (Finetune, "heads"): ("keep", "fresh"),
         (Optim, "schedule"): ("cosine", "linear", "constant"),
         (Train, "accumulation"): ("exact", "detach"),
         (Contrastive, "form"): ("softmax", "sigmoid"),
@@ -330,7 +385,11 @@ def _value(cls: type, key: str, hint: Any, value: Any, where: str) -> Any:
         return from_mapping(typing.cast(type, hint), value, where)
     kind = typing.get_origin(hint) or hint
     if kind is tuple and isinstance(value, (list, tuple)):
-        return tuple(value)
+        item = typing.get_args(hint)[0]
+        if not dataclasses.is_dataclass(item):
+            return tuple(value)
+        built = (from_mapping(item, v, f"{where}[{i}]") for i, v in enumerate(value))  # type: ignore[arg-type]
+        return tuple(built)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):

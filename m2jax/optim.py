@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
@@ -29,11 +30,12 @@ class Optimizer(NamedTuple):
 
 
 _PLAIN_ENDINGS = (
-    *("bias", "scale", "cls_token", "mask_token"),
+    *("bias", "scale", "cls_token", "mask_token", "probe"),
     *("logit_scale", "logit_vl_scale", "logit_bias", "logit_vl_bias"),
 )
-_TABLES = ("text_embed", "image_positions", "text_positions")
+_TABLES = ("text_embed", "image_positions", "text_positions", "embed", "positions", "types")
 _MATRICES = ("kernel",)
+_PATCHES = ("vision_embed.kernel", "vision.kernel")  # [p, p, 3, width]: no stack of matrices
 
 
 def group(name: str) -> str:
@@ -73,7 +75,11 @@ def groups(params: Any, frozen: Callable[[str], bool] = lambda name: False) -> A
 
 
 def make_optimizer(
-    cfg: Optim, steps: int, *, frozen: Callable[[str], bool] = lambda name: False
+    cfg: Optim,
+    steps: int,
+    *,
+    frozen: Callable[[str], bool] = lambda name: False,
+    scales: Mapping[str, Any] | None = None,
 ) -> Optimizer:
     """The transformation of gradients into updates.
 
@@ -85,16 +91,29 @@ def make_optimizer(
         cfg: the knobs.
         steps: length of the run, where the schedule ends.
         frozen: says by dotted name which parameters are left as they are.
+        scales: factors on the whole update, decay included, by dotted name: layer-wise learning
+            rates. An array broadcasts against its parameter.
     """
     schedule = make_schedule(cfg, steps)
     clip = optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity()
-    moving = optax.chain(clip, _rule(cfg, schedule))
+    moving = optax.chain(clip, _rule(cfg, schedule), _scaled(scales))
 
     def labels(params: Any) -> Any:
         return jax.tree.map(lambda g: FROZEN if g == FROZEN else "moving", groups(params, frozen))
 
     transform = optax.partition({"moving": moving, FROZEN: optax.set_to_zero()}, labels)
     return Optimizer(transform, schedule)
+
+
+def _scaled(scales: Mapping[str, Any] | None) -> optax.GradientTransformation:
+    """Multiplies updates by the factors of their parameters."""
+    if scales is None:
+        return optax.identity()
+    return optax.stateless(
+        lambda updates, _: _named(
+            lambda name, leaf: leaf * jnp.asarray(scales[name], leaf.dtype), updates
+        )
+    )
 
 
 def make_schedule(cfg: Optim, steps: int) -> optax.Schedule:
@@ -141,7 +160,7 @@ def _muon(cfg: Optim, schedule: optax.Schedule) -> optax.GradientTransformation:
     """
 
     def matrix(name: str, leaf: Any) -> Any:
-        hidden = name.endswith("kernel") and "vision_embed" not in name
+        hidden = name.endswith("kernel") and not name.endswith(_PATCHES)
         return MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1) if hidden else None
 
     return muon(

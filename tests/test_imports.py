@@ -30,7 +30,7 @@ HOMES = {
     "transformers": "checkpoint/convert",
 }
 FORBIDDEN = {"tensorflow", "keras"}
-ONLY_IN_FUNCTIONS = {"torch", "transformers", "tokenizers", "huggingface_hub"}
+ONLY_IN_FUNCTIONS = {"torch", "transformers", "tokenizers", "huggingface_hub", "wandb"}
 
 
 def test_import_is_quick_and_loads_no_jax() -> None:

@@ -51,16 +51,23 @@ class Checkpoints:
         workdir: the run's folder; checkpoints lie in ``checkpoints/STEP``.
         experiment: the run, saved beside the arrays and checked on restore.
         assets: tokenizer and preprocessing as JSON-able data, saved as they are.
+        model: of the run, where it is not ``experiment.model``.
 
     Raises:
         UserError: ``checkpoint.every`` or ``checkpoint.keep`` is below 1.
     """
 
     def __init__(
-        self, workdir: Path, experiment: config_lib.Experiment, assets: dict[str, Any]
+        self,
+        workdir: Path,
+        experiment: config_lib.Experiment,
+        assets: dict[str, Any],
+        model: Architecture | None = None,
     ) -> None:
-        self._experiment = experiment
-        self._bundle = _bundle(experiment, assets)
+        self._experiment, self._model = experiment, model or experiment.model
+        self._bundle = (
+            bundle_item(model, assets) if isinstance(model, Dual) else _bundle(experiment, assets)
+        )
         options = ocp.CheckpointManagerOptions(
             enable_async_checkpointing=True,
             cleanup_tmp_directories=True,  # what a killed process left half-written
@@ -133,7 +140,7 @@ class Checkpoints:
         where = epath.Path(self._manager.directory) / str(step)
         try:
             saved = read_bundle(Path(where))
-            _same_architecture(saved.model, self._experiment.model, str(where))
+            _same_architecture(saved.model, self._model, str(where))
             data = ocp.JsonCheckpointHandler().restore(where / "data")
             state = ocp.StandardCheckpointHandler().restore(
                 where / "state", args=ocp.args.StandardRestore(abstract_state)
@@ -283,12 +290,20 @@ def read_bundle(checkpoint: Path) -> Saved:
             f"{checkpoint}: no readable checkpoint ({type(error).__name__}): "
             "remove the folder to use the one before it"
         ) from error
-    where = f"{checkpoint}/bundle"
+    return parse_bundle(saved, f"{checkpoint}/bundle")
+
+
+def parse_bundle(saved: Any, where: str) -> Saved:
+    """Inverse of ``bundle_item``; ``where`` names the source in errors.
+
+    Raises:
+        UserError: damaged, or of a newer format.
+    """
     if not isinstance(saved, dict):
         raise UserError(f"{where}: holds no JSON object: use another checkpoint")
     if saved.get("format") != FORMAT:
         raise UserError(
-            f"{checkpoint}: format {saved.get('format')} but this m2jax reads {FORMAT}: update it"
+            f"{where}: format {saved.get('format')} but this m2jax reads {FORMAT}: update it"
         )
     assets, text = saved.get("assets"), saved.get("dual", saved.get("config"))
     if not isinstance(text, str) or not isinstance(assets, dict):
@@ -330,12 +345,19 @@ def read_params(checkpoint: Path, abstract_params: Any) -> Any:
         ) from error
 
 
-def _same_architecture(saved: Architecture, wanted: config_lib.Model, where: str) -> None:
+def _same_architecture(saved: Architecture, wanted: Architecture, where: str) -> None:
     """Refuses parameters of other shapes, naming the first size that differs."""
-    for key in architectures.SIZES:
-        had, want = getattr(saved, key, "absent"), getattr(wanted, key)
+    for key, want in _sizes(wanted).items():
+        had = _sizes(saved).get(key, "absent")
         if had != want:
             raise UserError(
                 f"{where}: model.{key} is {had} there and {want} in this run: "
                 "use the config of that run or another --workdir"
             )
+
+
+def _sizes(model: Architecture) -> dict[str, Any]:
+    """What must agree for parameters to fit."""
+    if isinstance(model, Dual):
+        return {"vision": model.vision, "text": model.text, "out_dim": model.out_dim}
+    return {key: getattr(model, key) for key in architectures.SIZES}

@@ -37,8 +37,9 @@ def run(args: argparse.Namespace) -> int:
     """Prints the table and its sums."""
     from m2jax.config import UserError
     from m2jax.config_files import load_config
+    from m2jax.train.origin import settled
 
-    experiment = load_config(args.config, args.overrides)
+    experiment = settled(load_config(args.config, args.overrides))
     if args.devices < 0:
         raise UserError(f"--devices {args.devices}: must be at least 1")
     devices = args.devices or experiment.mesh.cpu_devices or _devices_here()

@@ -53,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
     """Plans; 3 when what was asked for does not fit."""
     from m2jax.config import UserError
     from m2jax.config_files import load_config
+    from m2jax.train.origin import settled
 
     if args.largest_batch and args.compare:
         raise UserError("--largest-batch with --compare: ask for one of them")
@@ -61,9 +62,9 @@ def run(args: argparse.Namespace) -> int:
     compile_only()
     from m2jax.plan import planner, report
 
-    experiment = load_config(args.config, args.overrides)
+    experiment = settled(load_config(args.config, args.overrides))
     changes = planner.variants(args.compare)
-    columns = [load_config(args.config, [*args.overrides, *more]) for more in changes]
+    columns = [settled(load_config(args.config, [*args.overrides, *c])) for c in changes]
     if args.largest_batch:
         plans = planner.largest_batch(experiment, args.topology)
         titles = [f"batch {one.batch_size:,}" for one in plans]

@@ -27,6 +27,12 @@ def add_parser(subparsers: Any) -> None:
         required=True,
         help="where checkpoints, metrics and the report go: a folder, s3://... or gs://...",
     )
+    parser.add_argument(
+        "--init",
+        metavar="MODEL_DIR",
+        help="start from this trained model: a work directory, checkpoint, model folder or "
+        "hf:OWNER/NAME; the same as --config.finetune.init=MODEL_DIR",
+    )
     parser.set_defaults(run=run)
 
 
@@ -39,7 +45,8 @@ def run(args: argparse.Namespace) -> int:
     from m2jax.dist.bootstrap import leave_peers, start
     from m2jax.train import main
 
-    experiment = load_config(args.config, args.overrides)
+    init = [f"finetune.init={args.init}"] if args.init else []
+    experiment = load_config(args.config, [*args.overrides, *init])
     main.use_cpu_devices(experiment)
     start()
     try:

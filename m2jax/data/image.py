@@ -8,10 +8,10 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args, get_type_hints
+from typing import IO, Any, Literal, get_args, get_type_hints
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, UInt8
 from PIL import Image
 
 from m2jax.config import UserError
@@ -50,8 +50,12 @@ class Preprocess:
         """Pixels in [0, 1]; the first frame of an animation, 16-bit scaled down by PIL."""
         batch = np.empty((len(images), self.size, self.size, 3), np.float32)
         for row, image in enumerate(images):
-            batch[row] = np.asarray(self._square(self._rgb(image)), np.float32) / 255
+            batch[row] = self.square(image).astype(np.float32) / 255
         return batch
+
+    def square(self, image: Image.Image) -> UInt8[np.ndarray, "size size 3"]:
+        """One image before it is scaled to [0, 1]."""
+        return np.asarray(self._square(self._rgb(image)))
 
     def _square(self, rgb: Image.Image) -> Image.Image:
         resample = Image.Resampling[self.resample.upper()]
@@ -110,22 +114,34 @@ class Preprocess:
         return cls(**saved)
 
 
-def open_image(path: str | os.PathLike[str]) -> Image.Image:
+def open_image(
+    file: str | os.PathLike[str] | IO[bytes], name: str = "", *, at_least: int = 0
+) -> Image.Image:
     """Opens and fully decodes an image file.
+
+    Args:
+        file: its path, or the open file.
+        name: what errors call it; the path if not given.
+        at_least: a JPEG may be decoded at a half, a quarter or an eighth of its size, which is
+            faster and not the same to the last bit, if no side gets shorter than this; 0: it may
+            not.
 
     Raises:
         UserError: missing, no image, truncated, or too large to be honest.
     """
+    where = name or file
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            with Image.open(file) as image:
                 if image.width * image.height > PIXEL_LIMIT:
                     raise UserError(
-                        f"{path}: {image.width} x {image.height} pixels: over the limit of "
+                        f"{where}: {image.width} x {image.height} pixels: over the limit of "
                         f"{PIXEL_LIMIT:,}: scale it down first"
                     )
+                if at_least:
+                    image.draft("RGB", (at_least, at_least))
                 image.load()
                 return image.copy()
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: unreadable image ({error}): replace or leave it out") from error
+        raise UserError(f"{where}: unreadable image ({error}): replace or leave it out") from error

@@ -1,45 +1,50 @@
 # SPDX-License-Identifier: Apache-2.0
 """Global batches on the mesh, in an order that depends on the seed and the position alone.
 
-A source gives one batch for one index, without state; Grain counts the indices, prepares batches
-ahead in threads, and its iterator's state is what a checkpoint keeps. Each process makes its own
-rows of every global batch.
+A source gives one batch for one index, without state; Grain prepares batches ahead, in threads or
+worker processes, and puts them on the devices. Each process makes its own rows of every global
+batch, so a run may go on with other processes and workers: what a checkpoint keeps is the index.
 """
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import grain
 import jax
 import numpy as np
+from absl import flags
+from grain.experimental import ThreadPrefetchIterDataset
 from jax.sharding import Mesh
 
-from m2jax.config import Experiment, UserError
+from m2jax.config import Data, Experiment, UserError
+from m2jax.data.source import PART, SKIPPED, HostBatch, Rows, Source
 from m2jax.dist.sharding import BATCH_AXES, batch_sharding
 
-HostBatch = Mapping[str, np.ndarray]
+Assets = Mapping[str, Any]  # tokenizer and preprocessing, as checkpoints keep them
 
 
-@runtime_checkable  # the tests check types as they run
-class Source(Protocol):
-    """A data set as random-access batches."""
-
-    assets: dict[str, Any]  # tokenizer and preprocessing, as checkpoints keep them
-
-    def batch(self, index: int, rows: slice) -> HostBatch:
-        """Rows of batch ``index``: the same whatever was asked before."""
-        ...
-
-
-def _emoji(experiment: Experiment) -> Source:
+def _emoji(experiment: Experiment, assets: Assets | None) -> Source:
     from m2jax.data.emoji.batches import EmojiBatches
 
-    return EmojiBatches.of(experiment)
+    return EmojiBatches.of(experiment, assets)
 
 
-SOURCES: dict[str, Callable[[Experiment], Source]] = {"emoji": _emoji}  # by data.name
+def _files(experiment: Experiment, assets: Assets | None) -> Source:
+    from m2jax.data.files import pair_batches
+
+    return pair_batches(experiment, assets)
+
+
+# By data.name. The second argument is what a run takes over from the model it starts from.
+SOURCES: dict[str, Callable[[Experiment, Assets | None], Source]] = {
+    "emoji": _emoji,
+    "tsv": _files,
+    "tars": _files,
+    "mixture": _files,
+}
 
 
 class Loader:
@@ -50,43 +55,97 @@ class Loader:
         mesh: where they go; rows lie over its batch axes.
         batch_size: rows of a global batch.
         prefetch: batches prepared ahead.
+        workers: processes that prepare them; 0: ``prefetch`` threads of this one.
+        device_prefetch: batches put on the devices ahead.
     """
 
-    def __init__(self, source: Source, mesh: Mesh, batch_size: int, prefetch: int) -> None:
+    def __init__(
+        self,
+        source: Source,
+        mesh: Mesh,
+        batch_size: int,
+        prefetch: int,
+        *,
+        workers: int = 0,
+        device_prefetch: int = 0,
+    ) -> None:
         self.assets = source.assets
+        self.parts: tuple[str, ...] = getattr(source, "parts", ())
+        self.counts = collections.Counter[str]()  # rows of each part, and "skipped", so far
         self._sharding = batch_sharding(mesh)
         share = batch_size // jax.process_count()
-        rows = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
-        indices = grain.MapDataset.range(2**31 - 1)
-        batches = indices.map(lambda index: source.batch(int(index), rows))
-        options = grain.ReadOptions(num_threads=1 if prefetch else 0, prefetch_buffer_size=prefetch)
-        self._iterator = iter(batches.to_iter_dataset(options))
+        first = jax.process_index() * share
+        self._rows = Rows(source, slice(first, first + share))
+        self._prefetch, self._workers, self._ahead = prefetch, workers, device_prefetch
+        self._next_index = 0
+        self._iterator: Any = None
 
     def __iter__(self) -> Loader:
         return self
 
     def __next__(self) -> dict[str, jax.Array]:
-        batch = next(self._iterator)
-        return {
+        if self._iterator is None:
+            self._iterator = iter(self._batches())
+        batch, notes = next(self._iterator)
+        self._next_index += 1
+        self._count(notes)
+        return batch
+
+    def _batches(self) -> grain.IterDataset:
+        """Batches from the next index on, as pairs of arrays for the devices and for the log."""
+        batches = grain.MapDataset.range(self._next_index, 2**31 - 1).map(self._rows)
+        threads = 0 if self._workers else self._prefetch
+        found = batches.to_iter_dataset(
+            grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
+        )
+        if self._workers:
+            if not flags.FLAGS.is_parsed():  # Grain's workers read absl's flags
+                flags.FLAGS.mark_as_parsed()
+            each = max(1, self._prefetch // self._workers)
+            options = grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=each)
+            found = found.mp_prefetch(options)
+        return ThreadPrefetchIterDataset(found.map(self._put), prefetch_buffer_size=self._ahead)
+
+    def _put(self, batch: HostBatch) -> tuple[dict[str, jax.Array], HostBatch]:
+        """Starts the transfer of a batch to the devices."""
+        notes = {name: batch[name] for name in (PART, SKIPPED) if name in batch}
+        arrays = {
             name: jax.make_array_from_process_local_data(self._sharding, rows)
             for name, rows in batch.items()
+            if name not in notes
         }
+        return arrays, notes
+
+    def _count(self, notes: HostBatch) -> None:
+        if PART in notes:
+            rows = np.bincount(notes[PART], minlength=len(self.parts))
+            self.counts.update(dict(zip(self.parts, map(int, rows), strict=True)))
+        if SKIPPED in notes:
+            self.counts[SKIPPED] += int(notes[SKIPPED].sum())
 
     def get_state(self) -> dict[str, Any]:
-        """Where the loader is; JSON-able."""
-        return self._iterator.get_state()
+        """Where the loader is; JSON-able, and the same in every process."""
+        return {"next_index": self._next_index}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Goes to where another loader of the same experiment was."""
-        self._iterator.set_state(state)
+        self.close()
+        self._next_index = int(state["next_index"])
 
     def close(self) -> None:
         """Stops preparing batches."""
-        self._iterator.close()
+        if self._iterator is not None:
+            self._iterator.close()
+        self._iterator = None
 
 
-def make_loader(experiment: Experiment, mesh: Mesh) -> Loader:
+def make_loader(experiment: Experiment, mesh: Mesh, assets: Assets | None = None) -> Loader:
     """The training batches of an experiment.
+
+    Args:
+        experiment: the run.
+        mesh: where batches go.
+        assets: tokenizer and preprocessing of the model that the run starts from, if it does.
 
     Raises:
         UserError: an unknown data set, or a batch the devices or processes do not divide.
@@ -102,7 +161,15 @@ def make_loader(experiment: Experiment, mesh: Mesh) -> Loader:
                 "change it or the mesh"
             )
     _refuse_shared_rows(mesh, cfg.batch_size)
-    return Loader(SOURCES[cfg.name](experiment), mesh, cfg.batch_size, cfg.prefetch)
+    _check_counts(cfg)
+    return Loader(
+        SOURCES[cfg.name](experiment, assets),
+        mesh,
+        cfg.batch_size,
+        cfg.prefetch,
+        workers=cfg.workers,
+        device_prefetch=cfg.device_prefetch,
+    )
 
 
 def _refuse_shared_rows(mesh: Mesh, batch_size: int) -> None:
@@ -123,3 +190,9 @@ def _refuse_shared_rows(mesh: Mesh, batch_size: int) -> None:
             "make mesh.replica x data x fsdp a multiple of the processes, and mesh.model a "
             "divisor of the devices of one"
         )
+
+
+def _check_counts(cfg: Data) -> None:
+    for key in ("prefetch", "workers", "device_prefetch"):
+        if getattr(cfg, key) < 0:
+            raise UserError(f"data.{key}={getattr(cfg, key)}: must be 0 or more: change it")

@@ -76,6 +76,23 @@ CHIPS: Mapping[str, Chip] = {
     ),
 }  # fmt: skip
 
+# What jax calls the devices of a kind (``device_kind``), as a pattern. PCIe cards are slower.
+_KINDS = {
+    "v4": r"TPU v4",
+    "v5e": r"TPU v5 ?(lite|e)",
+    "v5p": r"TPU v5p?",
+    "v6e": r"TPU v6 ?(lite|e)",
+    "h100": r"NVIDIA H100 80GB HBM3",
+    "h200": r"NVIDIA H200",
+}
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """The datasheet of a device that jax calls so; ``None`` for a CPU and for what is not known."""
+    found = [name for name, kind in _KINDS.items() if re.fullmatch(kind, device_kind)]
+    return CHIPS[found[0]] if found else None
+
+
 KNOWN = (
     "v4:2x2x1 ... v4:8x8x16, v5e:2x2 ... v5e:16x16, v5p:2x2x1 ... v5p:16x16x24, "
     "v6e:2x2 ... v6e:16x16, N*TPU for N slices (2*v5p:4x4x8), h100:8, h100:32x8, h200:8, h200:32x8 "

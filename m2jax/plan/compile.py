@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import time
 import types
@@ -15,10 +14,10 @@ from jax.sharding import Mesh
 
 from m2jax.config import Experiment, UserError
 from m2jax.dist.mesh import make_mesh
-from m2jax.dist.sharding import BATCH_AXES, batch_sharding
+from m2jax.dist.sharding import BATCH_AXES
 from m2jax.dist.topology import Topology, uncached
 from m2jax.plan import flops
-from m2jax.train.main import assemble
+from m2jax.train.main import assemble, batch_shapes, model_flops
 from m2jax.train.step import Step
 from m2jax.train.task import Task
 
@@ -105,25 +104,6 @@ def compile_step(experiment: Experiment, topology: Topology) -> Compiled:
         sized_flops=flops.from_sizes(experiment, task.model),
         seconds=time.monotonic() - start,
     )
-
-
-def batch_shapes(task: Task, experiment: Experiment, mesh: Mesh) -> dict[str, Any]:
-    """A batch as shapes with their places."""
-    place = batch_sharding(mesh)
-    return {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
-        for name, leaf in task.batch_spec(experiment.data.batch_size).items()
-    }
-
-
-def model_flops(experiment: Experiment, mesh: Mesh) -> float:
-    """FLOPs over all devices that the model needs: those of a trace that recomputes nothing."""
-    plain = dataclasses.replace(
-        experiment, model=dataclasses.replace(experiment.model, remat="none")
-    )
-    task, step = assemble(plain, mesh)
-    traced = step.run.trace(step.abstract_state, batch_shapes(task, plain, mesh))
-    return flops.traced(traced.jaxpr)
 
 
 def _bytes(tree: Any) -> int:

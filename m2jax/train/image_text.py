@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import types
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,25 @@ from m2jax.config import Contrastive, Experiment, UserError
 from m2jax.data.augment import augment
 from m2jax.losses.contrastive import contrastive_loss
 from m2jax.models import params as params_lib
+from m2jax.models.depth import layer_scales
 from m2jax.models.params import Abstract, Params
 from m2jax.train.task import Batch, Features, Metrics
+
+# What the features of each modality come from.
+_SHARED = ("vl.blocks.A.", "vl.norms.A.")
+TOWERS: Mapping[str, tuple[str, ...]] = types.MappingProxyType(
+    {
+        "image": (
+            *("vision_embed.", "image_positions", "backbone.blocks.A.", "backbone.norms.A."),
+            *("image_head.", "image_vl_head.", *_SHARED),
+        ),
+        "text": (
+            *("text_embed", "text_positions", "backbone.blocks.B.", "backbone.norms.B."),
+            *("text_head.", "text_vl_head.", *_SHARED),
+        ),
+    }
+)
+HEADS = ("image_head.", "text_head.", "image_vl_head.", "text_vl_head.")
 
 # The public forward never reads these (models/m2.py); ITC gives them no gradient.
 UNREAD = ("vl.blocks.B.", "vl.norms.B.", "norm.", "pooler.", "vision_embed.mask_token")
@@ -88,7 +106,7 @@ class ImageTextTask:
     def encode(self, params: Params, batch: Batch, rng: jax.Array) -> Features:
         """Features [rows * views or languages, dim], those of a row beside each other."""
         of_model = {name: leaf for name, leaf in params.items() if name not in BIASES}
-        model = params_lib.bind(self.model.graph, of_model)
+        model = params_lib.bind(self.model.graph, self.held(of_model))
         keys = jax.random.split(rng, 3)
         images, texts = batch["image"], batch["text"]
         # Views and languages are folded into the rows they belong to, so a device keeps its rows;
@@ -144,8 +162,27 @@ class ImageTextTask:
         return {**params, **clipped}
 
     def frozen(self, name: str) -> bool:
-        """True for what only the unpublished joint objectives of the release would read."""
-        return name.startswith(UNREAD)
+        """True for what ``finetune.freeze`` names, and for what no objective here reads.
+
+        The vl layers' A weights belong to both towers. A head that starts afresh is never frozen.
+        """
+        tuned = self.experiment.finetune
+        if tuned.heads == "fresh" and name.startswith(HEADS):
+            return False
+        return name.startswith((*UNREAD, *TOWERS.get(tuned.freeze, ())))
+
+    def layer_scales(self, decay: float) -> Mapping[str, Any]:
+        """See ``models.depth``."""
+        return layer_scales(self.experiment.model, self.model, decay)
+
+    def held(self, params: Params) -> Params:
+        """The parameters, with no gradient into a frozen tower, so that none is computed."""
+        if not self.experiment.finetune.freeze:
+            return params
+        return jax.tree_util.tree_map_with_path(
+            lambda path, x: jax.lax.stop_gradient(x) if self.frozen(params_lib.dotted(path)) else x,
+            params,
+        )
 
     def _head(self, params: Params, stem: str) -> Head:
         bias = params[f"{stem}bias"] if self._sigmoid else None

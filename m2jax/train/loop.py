@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -19,12 +21,14 @@ from m2jax.config import Experiment, UserError
 from m2jax.data.loader import Loader
 from m2jax.dist.preemption import Preemption
 from m2jax.obs.metrics import MetricWriter
+from m2jax.obs.profile import Profiler
 from m2jax.obs.progress import Progress
 from m2jax.obs.silent import SilentProgress, SilentWriter
 from m2jax.obs.watchdog import Watchdog
+from m2jax.train.meter import Meter
 from m2jax.train.state import TrainState
 from m2jax.train.step import Step
-from m2jax.train.task import Metrics
+from m2jax.train.task import Batch, Metrics
 
 
 class LoopResult(NamedTuple):
@@ -49,6 +53,9 @@ class Loop:
     preemption: Preemption
     watchdog: Watchdog
     rewinds: int = 0
+    meter: Meter = dataclasses.field(kw_only=True)
+    profiler: Profiler = dataclasses.field(kw_only=True)
+    workdir: Path = dataclasses.field(kw_only=True)
 
     def run(self, state: TrainState) -> LoopResult:
         """Runs to ``train.steps``, or to where a preemption stops it; saves on the way and then."""
@@ -58,7 +65,7 @@ class Loop:
         steps = self.experiment.train.steps
         stop = False
         while step < steps and not stop:
-            state, metrics = self.step.run(state, next(self.loader))
+            state, metrics, batch = self.one(step, state)
             step += 1
             self.watchdog.beat(step)
             stop = self.preemption.reached(step)
@@ -69,12 +76,14 @@ class Loop:
                 self.log(step, metrics, (step - since) / (now - last), before + now - begin)
                 last, since = now, step
                 if skipped >= self.experiment.train.guard.patience:
-                    state = self.rewind(step)
+                    state = self.rewind(step, batch)
                     save = stop
             if save:
                 self.save(step, state, metrics)
                 self.watchdog.beat(step)
         self.checkpoints.wait()
+        self.meter.goodput.book("save")
+        self.meter.goodput.write(step)
         seconds = before + time.perf_counter() - begin
         return LoopResult(state, step, seconds, preempted=stop and step < steps)
 
@@ -83,6 +92,18 @@ class Loop:
         best = self.experiment.checkpoint.best
         chosen_by = {name: float(value) for name, value in metrics.items()} if best else None
         self.checkpoints.save(step, state, self.loader.get_state(), metrics=chosen_by)
+        self.meter.goodput.book("save")
+
+    def one(self, step: int, state: TrainState) -> tuple[TrainState, Metrics, Batch]:
+        """Takes a batch and dispatches one step; the batch comes back for what may go wrong."""
+        batch = next(self.loader)
+        self.meter.fed()
+        self.profiler.before(step)
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
+            state, metrics = self.step.run(state, batch)
+        self.profiler.after(step, metrics)
+        self.meter.stepped(metrics)
+        return state, metrics, batch
 
     def log(self, step: int, metrics: Metrics, steps_per_s: float, seconds: float) -> None:
         """One row for machines, one line for people."""
@@ -90,10 +111,12 @@ class Loop:
         row["seconds"] = seconds
         row["learning_rate"] = float(np.asarray(self.step.schedule(step - 1)))
         row["samples_per_s"] = steps_per_s * self.experiment.data.batch_size
+        row |= self.meter.row(row["samples_per_s"], steps_per_s)
         self.writer.write(step, row)
+        self.meter.goodput.write(step)
         self.progress.show(step, row["loss"], row["samples_per_s"])
 
-    def rewind(self, step: int) -> TrainState:
+    def rewind(self, step: int, batch: Batch) -> TrainState:
         """Goes back to the last checkpoint's parameters, but on to new data with new randomness.
 
         The step count and the loader go on: replaying the same batches with the same keys would
@@ -106,9 +129,31 @@ class Loop:
         self.rewinds += 1
         restored = self.checkpoints.restore(self.step.abstract_state)
         if restored is None or self.rewinds > guard.rewinds:
+            saved = save_batch(self.workdir, step, batch)
             raise UserError(
                 f"train: {guard.patience} steps in a row were skipped by step {step} (loss spike "
-                "or NaN), and rewinding did not help: lower optim.learning_rate or look at the data"
+                "or NaN), and rewinding did not help: lower optim.learning_rate or look at the "
+                f"data: the batch of that step is {saved}"
             )
         self.progress.note(f"step {step}: loss spike; parameters go back to step {restored.step}")
         return dataclasses.replace(restored.state, step=jnp.asarray(step, jnp.int32))
+
+
+def save_batch(workdir: Path, step: int, batch: Batch) -> Path:
+    """Writes this process's rows of a batch, for whoever looks for what broke the run.
+
+    Returns:
+        The file: ``bad_batch_STEP.npz``, with ``_PROCESS`` from the second process on.
+    """
+    process = jax.process_index()
+    file = workdir / f"bad_batch_{step}{f'_{process}' if process else ''}.npz"
+    with file.open("wb") as out:
+        rows: dict[str, Any] = {name: _own_rows(array) for name, array in batch.items()}
+        np.savez(out, **rows)
+    return file
+
+
+def _own_rows(array: jax.Array) -> np.ndarray:
+    """The rows of this process in their order, copies on other devices left out."""
+    shards = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
+    return np.concatenate([np.asarray(shards[first]) for first in sorted(shards)])

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -12,18 +14,29 @@ from jax.sharding import Mesh
 from m2jax.bundle import load
 from m2jax.checkpoint.manager import Checkpoints
 from m2jax.config import Experiment
-from m2jax.data.loader import make_loader
+from m2jax.config_dual import Architecture, Dual
+from m2jax.data.loader import Loader, make_loader
 from m2jax.dist.mesh import make_mesh
 from m2jax.dist.preemption import Preemption
+from m2jax.dist.sharding import batch_sharding
+from m2jax.dist.topology import chip_of
 from m2jax.eval.report import write_report
 from m2jax.eval.runner import run_suite, table, write_metrics
+from m2jax.obs.goodput import Goodput
 from m2jax.obs.metrics import MetricWriter, read_rows
+from m2jax.obs.profile import Profiler
 from m2jax.obs.progress import Progress
 from m2jax.obs.silent import SilentProgress, SilentWriter
 from m2jax.obs.watchdog import Watchdog
+from m2jax.train import flops
+from m2jax.train import origin as origin_lib
 from m2jax.train import workdir as workdir_lib
+from m2jax.train.dual_text import DualTextTask
 from m2jax.train.image_text import ImageTextTask
 from m2jax.train.loop import Loop
+from m2jax.train.meter import Meter
+from m2jax.train.origin import Origin
+from m2jax.train.state import TrainState
 from m2jax.train.step import Step, make_step
 from m2jax.train.task import Task
 
@@ -39,28 +52,40 @@ def run(experiment: Experiment, workdir: str | os.PathLike[str]) -> int:
     Raises:
         UserError: anything in the config, the data or the directory that cannot work.
     """
+    origin = origin_lib.adopt(experiment, Path(workdir)) if experiment.finetune.init else None
+    experiment = origin.experiment if origin else experiment
     with workdir_lib.opened(workdir, experiment) as directory:
-        return _run(experiment, directory)
+        return _run(experiment, directory, origin)
 
 
-def _run(experiment: Experiment, directory: Path) -> int:
+def _run(experiment: Experiment, directory: Path, origin: Origin | None) -> int:
     """The run inside its local folder."""
+    goodput = Goodput(directory, writes=jax.process_index() == 0)
+    profiler = Profiler(experiment.log.profile, directory)
     mesh = make_mesh(experiment.mesh)
-    loader = make_loader(experiment, mesh)
-    _, step = assemble(experiment, mesh)
-    checkpoints = Checkpoints(directory, experiment, loader.assets)
+    loader = make_loader(experiment, mesh, origin.assets if origin else None)
+    model = origin.model if origin else experiment.model
+    task, step = assemble(experiment, mesh, model)
+    checkpoints = Checkpoints(directory, experiment, loader.assets, model)
     with Preemption() as preemption, Watchdog(experiment.train.stall_s) as watchdog:
         restored = checkpoints.restore(step.abstract_state)
         if restored is None:
-            start, state = 0, step.init()
+            start, state = 0, begin(step, origin, task, mesh, directory)
         else:
             start, state = restored.step, restored.state
             loader.set_state(restored.data)
+        goodput.start(start)
         writer, progress = reporters(directory, experiment, start)
-        loop = Loop(experiment, step, loader, checkpoints, writer, progress, preemption, watchdog)
+        loop = Loop(
+            *(experiment, step, loader, checkpoints, writer, progress, preemption, watchdog),
+            meter=make_meter(experiment, mesh, model, loader, goodput, directory),
+            profiler=profiler,
+            workdir=directory,
+        )
         try:
             result = loop.run(state)
         finally:
+            profiler.close()
             loader.close()
             writer.close()
             checkpoints.close()
@@ -69,6 +94,8 @@ def _run(experiment: Experiment, directory: Path) -> int:
         return PREEMPTED
     if experiment.eval.suite and jax.process_index() == 0:
         score(directory, experiment)
+        goodput.book("evaluation")
+        goodput.write(experiment.train.steps)
     return 0
 
 
@@ -78,13 +105,80 @@ def reporters(
     """Where rows and the status line go; one process of a run writes them for all."""
     if jax.process_index() != 0:
         return SilentWriter(), SilentProgress()
-    return MetricWriter(directory, start), Progress(experiment.train.steps, start)
+    settings = dataclasses.asdict(experiment)
+    writer = MetricWriter(directory, start, experiment.log, settings)
+    return writer, Progress(experiment.train.steps, start)
 
 
-def assemble(experiment: Experiment, mesh: Mesh) -> tuple[Task, Step]:
-    """The task of an experiment and its jitted step: what ``run`` trains and ``plan`` compiles."""
-    task = ImageTextTask(experiment, mesh)
+def assemble(
+    experiment: Experiment, mesh: Mesh, model: Architecture | None = None
+) -> tuple[Task, Step]:
+    """The task of an experiment and its jitted step: what ``run`` trains and ``plan`` compiles.
+
+    Args:
+        experiment: the run.
+        mesh: its devices.
+        model: the model where it is not ``experiment.model``: that of another family.
+    """
+    if isinstance(model, Dual):
+        task: Task = DualTextTask(experiment, model, mesh)
+    else:
+        task = ImageTextTask(experiment, mesh)
     return task, make_step(experiment, task, mesh)
+
+
+def batch_shapes(task: Task, experiment: Experiment, mesh: Mesh) -> dict[str, Any]:
+    """A batch as shapes with their places."""
+    place = batch_sharding(mesh)
+    return {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+        for name, leaf in task.batch_spec(experiment.data.batch_size).items()
+    }
+
+
+def model_flops(experiment: Experiment, mesh: Mesh, model: Architecture | None = None) -> float:
+    """FLOPs of a step over all devices that the model needs: what is recomputed does not count."""
+    plain = dataclasses.replace(
+        experiment,
+        model=dataclasses.replace(experiment.model, remat="none"),
+        train=dataclasses.replace(experiment.train, accumulate=1),
+    )
+    if isinstance(model, Dual):
+        model = dataclasses.replace(model, remat="none")
+    task, step = assemble(plain, mesh, model)
+    traced = step.run.trace(step.abstract_state, batch_shapes(task, plain, mesh))
+    return flops.traced(traced.jaxpr)
+
+
+def make_meter(
+    experiment: Experiment,
+    mesh: Mesh,
+    model: Architecture,
+    loader: Loader,
+    goodput: Goodput,
+    workdir: Path,
+) -> Meter:
+    """What follows the loop; utilisation is told where the peak of the devices is known."""
+    known = chip_of(mesh.devices.flat[0].device_kind) is not None
+    rows = read_rows(workdir / "metrics.jsonl")
+    return Meter(
+        loader,
+        goodput,
+        list(mesh.devices.flat),
+        step_flops=model_flops(experiment, mesh, model) if known else 0.0,
+        skipped=int(rows[-1].get("skipped_total", 0)) if rows else 0,
+    )
+
+
+def begin(step: Step, origin: Origin | None, task: Task, mesh: Mesh, workdir: Path) -> TrainState:
+    """The state before the first step: fresh, or around the parameters of the run's origin."""
+    if origin is None:
+        return step.init()
+    taken = origin_lib.take(origin, task, mesh)
+    origin_lib.remember(origin, workdir)
+    if jax.process_index() == 0:
+        print(origin_lib.describe(origin, taken))
+    return step.begin(taken.params)
 
 
 def score(workdir: Path, experiment: Experiment) -> None:

@@ -30,6 +30,7 @@ class Step(NamedTuple):
     """The compiled side of a run."""
 
     init: Callable[[], TrainState]  # a fresh state, each array made where it lies
+    begin: Callable[[params_lib.Params], TrainState]  # the same around given parameters
     run: jax.stages.Wrapped  # (state, batch) -> (state, metrics), jitted; donates the state
     abstract_state: TrainState  # shapes with shardings: what a checkpoint is restored onto
     schedule: optax.Schedule
@@ -44,13 +45,20 @@ def make_step(
         UserError: a parameter or the batch does not divide over the mesh; see ``make_gradient``.
     """
     rules = rules or AxisRules()
-    optimizer = make_optimizer(experiment.optim, experiment.train.steps, frozen=task.frozen)
+    decay = experiment.optim.layer_decay
+    optimizer = make_optimizer(
+        experiment.optim,
+        experiment.train.steps,
+        frozen=task.frozen,
+        scales=None if decay == 1 else task.layer_scales(decay),
+    )
     places = _state_places(experiment, task, optimizer, mesh, rules)
     gradient = make_gradient(experiment, task, mesh)
 
     def init() -> TrainState:
-        rng = jax.random.fold_in(jax.random.key(experiment.train.seed), 1)
-        params = task.init(rng)
+        return begin(task.init(jax.random.fold_in(jax.random.key(experiment.train.seed), 1)))
+
+    def begin(params: params_lib.Params) -> TrainState:
         opt_state = optimizer.transform.init(params)
         return state_lib.fresh(
             params, opt_state, experiment.train.seed, ema=experiment.optim.ema > 0
@@ -71,7 +79,13 @@ def make_step(
         jax.eval_shape(init),
         places,
     )
-    return Step(jax.jit(init, out_shardings=places), run, shapes, optimizer.schedule)
+    return Step(
+        jax.jit(init, out_shardings=places),
+        jax.jit(begin, out_shardings=places, donate_argnums=0),
+        run,
+        shapes,
+        optimizer.schedule,
+    )
 
 
 def make_gradient(experiment: Experiment, task: Task, mesh: Mesh) -> Gradient:

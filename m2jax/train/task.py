@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 
@@ -38,7 +38,11 @@ class Task(Protocol):
         ...
 
     def frozen(self, name: str) -> bool:
-        """Whether the parameter of this dotted name is left as it is (nothing reads it)."""
+        """Whether the parameter of this dotted name is left as it is."""
+        ...
+
+    def layer_scales(self, decay: float) -> Mapping[str, Any]:
+        """Factors on learning rates by dotted name, ``decay`` from each layer to the one below."""
         ...
 
 

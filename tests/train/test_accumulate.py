@@ -72,7 +72,15 @@ def test_a_task_in_one_piece_is_refused(monkeypatch):
         """Only what ``Task`` asks for."""
 
         def __init__(self, inner):
-            for name in ("model", "init", "loss", "batch_spec", "after_update", "frozen"):
+            for name in (
+                "model",
+                "init",
+                "loss",
+                "batch_spec",
+                "after_update",
+                "frozen",
+                "layer_scales",
+            ):
                 setattr(self, name, getattr(inner, name))
 
     cfg = plain(monkeypatch, accumulate=2)

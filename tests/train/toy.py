@@ -19,7 +19,7 @@ from m2jax.train import main
 class ToySource:
     """Batches that depend on the index alone; some poisoned with NaN by request."""
 
-    def __init__(self, experiment):
+    def __init__(self, experiment, assets=None):
         self.cfg = experiment
         words = [f"word{i}" for i in range(40)]
         tokenizer = SentencePieceTokenizer(train_tokenizer(words, 60), 6)

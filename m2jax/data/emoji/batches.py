@@ -8,6 +8,7 @@ a false negative.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from jaxtyping import UInt8
 from m2jax.config import Data, Experiment, UserError
 from m2jax.data.emoji.dataset import EmojiData, default_directory, load
 from m2jax.data.image import Preprocess
-from m2jax.data.text import SentencePieceTokenizer, Tokens
+from m2jax.data.text import SentencePieceTokenizer, Tokenizer, Tokens, tokenizer_from_dict
 
 
 class EmojiBatches:
@@ -34,7 +35,7 @@ class EmojiBatches:
         self,
         data: EmojiData,
         cfg: Data,
-        tokenizer: SentencePieceTokenizer,
+        tokenizer: Tokenizer,
         *,
         size: int,
         seed: int,
@@ -62,17 +63,25 @@ class EmojiBatches:
         }
 
     @classmethod
-    def of(cls, experiment: Experiment) -> EmojiBatches:
-        """The batches of an experiment; builds the data set if it is not there."""
+    def of(cls, experiment: Experiment, assets: Mapping[str, Any] | None = None) -> EmojiBatches:
+        """The batches of an experiment; builds the data set if it is not there.
+
+        Args:
+            experiment: the run.
+            assets: of the model that the run starts from: its tokenizer is kept.
+        """
         model, cfg = experiment.model, experiment.data
         data = load(default_directory(cfg.dir))
+        seed = experiment.train.seed
+        if assets is not None:
+            tokenizer = tokenizer_from_dict(assets["tokenizer"])
+            return cls(data, cfg, tokenizer, size=model.image_size, seed=seed)
         tokenizer = SentencePieceTokenizer(data.tokenizer_model, model.max_text_len)
         if tokenizer.vocab_size > model.vocab_size:
             raise UserError(
                 f"model.vocab_size={model.vocab_size}: the emoji tokenizer has "
                 f"{tokenizer.vocab_size} pieces: raise it"
             )
-        seed = experiment.train.seed
         return cls(data, cfg, tokenizer, size=model.image_size, seed=seed)
 
     def batch(self, index: int, rows: slice) -> dict[str, np.ndarray]:
@@ -115,7 +124,7 @@ class TextTable:
         self._tokens, self._first, self._counts = tokens, first, counts
 
     @classmethod
-    def of(cls, variants: list[list[str]], tokenizer: SentencePieceTokenizer) -> TextTable:
+    def of(cls, variants: list[list[str]], tokenizer: Tokenizer) -> TextTable:
         """Tokenises the variants of each concept."""
         counts = np.array([len(v) for v in variants])
         tokens = tokenizer([text for v in variants for text in v])

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from m2jax.config import UserError
 from m2jax.data.emoji.build import MANIFEST, checksums, ensure
 from m2jax.data.emoji.concepts import Concept
 from m2jax.data.emoji.packages import STYLES, VERSION, attribution
+from m2jax.data.home import data_home
 
 
 @dataclass(frozen=True)
@@ -108,8 +108,7 @@ class EmojiData:
 
 def default_directory(data_dir: str = "") -> Path:
     """Where the set lies: under ``data_dir``, else $M2JAX_DATA, else ~/.cache/m2jax."""
-    root = data_dir or os.environ.get("M2JAX_DATA") or "~/.cache/m2jax"
-    return Path(root).expanduser() / f"emoji-{VERSION}"
+    return data_home(data_dir) / f"emoji-{VERSION}"
 
 
 def load(directory: Path | None = None) -> EmojiData:

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the config to batches over the user's files."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from m2jax.config import Data, Experiment, Part, UserError
+from m2jax.data import glm
+from m2jax.data.home import data_home
+from m2jax.data.image import Preprocess
+from m2jax.data.pairs import PairBatches, Pairs
+from m2jax.data.tars import TarPairs
+from m2jax.data.text import SentencePieceTokenizer, Tokenizer, tokenizer_from_dict
+from m2jax.data.tsv import TsvPairs
+
+
+def pair_batches(experiment: Experiment, assets: Mapping[str, Any] | None) -> PairBatches:
+    """The batches of ``data.name`` tsv, tars or mixture.
+
+    Args:
+        experiment: the run.
+        assets: tokenizer and preprocessing of the model that the run starts from, as checkpoints
+            keep them; ``None`` where it starts afresh.
+
+    Raises:
+        UserError: files that are missing or damaged, or no tokenizer.
+    """
+    cfg = experiment.data
+    parts = cfg.mixture if cfg.name == "mixture" else (_alone(cfg),)
+    if not parts:
+        raise UserError("data.mixture: has no parts: give it some, or use data.name=tsv or tars")
+    names = [part.name or f"{part.kind}{i}" for i, part in enumerate(parts)]
+    if len(set(names)) != len(names):
+        raise UserError(f"data.mixture: names {names}: two are equal: change one")
+    if assets is None:
+        tokenizer = _tokenizer(cfg.tokenizer, experiment.model.max_text_len)
+        preprocess = Preprocess(experiment.model.image_size, background="white")
+    else:
+        tokenizer = tokenizer_from_dict(assets["tokenizer"])
+        preprocess = Preprocess.from_dict(assets["preprocess"], experiment.model.image_size)
+    at_least = 2 * max(preprocess.size, preprocess.shortest) if cfg.draft else 0
+    return PairBatches(
+        {name: _open(part, cfg, at_least) for name, part in zip(names, parts, strict=True)},
+        [part.weight for part in parts],
+        cfg,
+        tokenizer=tokenizer,
+        preprocess=preprocess,
+        seed=experiment.train.seed,
+    )
+
+
+def _alone(cfg: Data) -> Part:
+    """The one source of a run without a mixture."""
+    return Part(name=cfg.name, kind=cfg.name, files=cfg.files, language=cfg.language)
+
+
+def _open(part: Part, cfg: Data, at_least: int) -> Pairs:
+    """The pairs of a source."""
+    files = _found(part.files)
+    if part.kind == "tars":
+        cache = data_home(cfg.dir) / "indices"
+        return TarPairs(files, cache, language=part.language, at_least=at_least)
+    if len(files) > 1:
+        raise UserError(
+            f"data.files: {len(files)} TSV files: join them, or use data.name=mixture with a part "
+            "for each"
+        )
+    return TsvPairs(files[0], check=cfg.unreadable == "error", at_least=at_least)
+
+
+def _found(patterns: Sequence[str]) -> list[Path]:
+    """The files that paths and patterns name, each pattern's sorted.
+
+    Raises:
+        UserError: one names nothing.
+    """
+    if not patterns:
+        raise UserError("data.files: names none: set it to paths or patterns such as data/*.tar")
+    files = []
+    for pattern in patterns:
+        matched = sorted(glob.glob(str(Path(pattern).expanduser())))
+        if not matched:
+            raise UserError(f"data.files: {pattern!r} matches no file: mend the path")
+        files += map(Path, matched)
+    return files
+
+
+def _tokenizer(path: str, length: int) -> Tokenizer:
+    """The tokenizer of a model that starts afresh."""
+    if not path:
+        raise UserError(
+            "data.tokenizer: not given: name a folder with GLM's tokenizer or a .model file, or "
+            "start from a model with --init"
+        )
+    file = Path(path).expanduser()
+    if file.is_dir():
+        return glm.read(file, length)
+    try:
+        return SentencePieceTokenizer(file.read_bytes(), length)
+    except OSError as error:
+        raise UserError(f"data.tokenizer={path}: {error.strerror}: mend the path") from error
