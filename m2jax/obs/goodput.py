@@ -62,8 +62,8 @@ class Goodput:
         """Appends a row: what this process has spent after ``step`` steps."""
         if not self._writes:
             return
-        spent = {kind: self.seconds[kind] for kind in KINDS}
-        row = {"step": step, "process": self._process, "from": self._begun_at, **spent}
+        spent = {kind: self.seconds.get(kind, 0.0) for kind in KINDS}
+        row = {"step": step, "process": self._process, "from": self._begun_at, "seconds": spent}
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -87,11 +87,11 @@ def total(rows: Sequence[Mapping[str, Any]], step: int) -> defaultdict[str, floa
         kept = [row for row in process if row["step"] <= kept_up_to]
         for kind in KINDS:
             if kind not in REDONE:
-                found[kind] += last[kind]
+                found[kind] += last["seconds"][kind]
                 continue
-            useful = kept[-1][kind] if kept else 0.0
+            useful = kept[-1]["seconds"][kind] if kept else 0.0
             found[kind] += useful
-            found["lost"] += last[kind] - useful
+            found["lost"] += last["seconds"][kind] - useful
         kept_up_to = min(kept_up_to, last["from"])
     return found
 

@@ -42,7 +42,7 @@ class Meter:
         self._last: Metrics | None = None
         self._pending: list[jax.Array] = []  # each step's count of skips in a row, not yet read
         self._seen: Counter[str] = Counter()
-        self._booked: Counter[str] = Counter()
+        self._booked: dict[str, float] = {}
 
     def fed(self) -> None:
         """A batch has come. Waiting for it cost something only if the devices had run dry.
@@ -81,9 +81,9 @@ class Meter:
 
     def _data_wait(self) -> float:
         """Share of the time since the last row that devices waited for a batch."""
-        spent = self.goodput.seconds - self._booked
-        self._booked = Counter(self.goodput.seconds)
-        return spent["data"] / max(sum(spent.values()), 1e-9)
+        before, self._booked = self._booked, dict(self.goodput.seconds)
+        spent = {kind: now - before.get(kind, 0.0) for kind, now in self._booked.items()}
+        return spent.get("data", 0.0) / max(sum(spent.values()), 1e-9)
 
     def _rows_by_part(self) -> dict[str, float]:
         """Shares of the sources in the rows since the last row; unreadable rows so far."""

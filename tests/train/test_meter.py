@@ -35,7 +35,7 @@ def test_a_row_says_where_time_and_memory_went(tmp_path, monkeypatch):
     assert last["skipped_total"] == 0
     booked = read_rows(tmp_path / "goodput.jsonl")[-1]
     assert booked["step"] == 8
-    assert all(booked[kind] > 0 for kind in KINDS if kind != "evaluation")
+    assert all(booked["seconds"][kind] > 0 for kind in KINDS if kind != "evaluation")
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
