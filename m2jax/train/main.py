@@ -82,6 +82,7 @@ def _run(experiment: Experiment, directory: Path, origin: Origin | None) -> int:
             profiler=profiler,
             workdir=directory,
         )
+        goodput.book("init")
         try:
             result = loop.run(state)
         finally:
