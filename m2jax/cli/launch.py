@@ -130,7 +130,7 @@ def describe(args: argparse.Namespace) -> Any:
         UserError: a config that does not load or does not fit the machine; see ``launch.job``.
     """
     from m2jax.config_files import load_config
-    from m2jax.launch.job import MOUNT, Job
+    from m2jax.launch.job import MOUNT, Job, check
     from m2jax.launch.machine import choose
 
     experiment = load_config(args.config, args.overrides)
@@ -160,6 +160,7 @@ def describe(args: argparse.Namespace) -> Any:
         "recipe": recipe(args),
     }
     job = Job(**(given | derived))
+    check(job, args.target)
     fit(experiment, job)
     return job
 

@@ -25,6 +25,7 @@ MANY = (
     "--config pretrain_1b:h200-256 --node-selector example.com/gpu=h200 --node-selector spot=",
     "--config emoji --nodes 2",
     "--config emoji --nodes 1 --restarts 0 --grace 60",
+    f"--config pretrain_10b:v5p-128 --name {'a' * 46}",  # one more is refused
 )
 PLACES = (
     "--workdir gs://b/run",
