@@ -29,7 +29,23 @@ pytestmark = [
 ]
 
 
-def start(folder: Path, workdir: str, seconds: str, capsys) -> subprocess.Popen:
+@pytest.fixture
+def start(tmp_path, capsys):
+    """Starts the rendered script; what still runs at the end of the test is ended."""
+    jobs: list[subprocess.Popen] = []
+
+    def put(workdir: str, seconds: str) -> subprocess.Popen:
+        jobs.append(begin(tmp_path, workdir, seconds, capsys))
+        return jobs[-1]
+
+    yield put
+    for job in jobs:
+        if job.poll() is None:
+            os.killpg(job.pid, signal.SIGKILL)
+            job.wait()
+
+
+def begin(folder: Path, workdir: str, seconds: str, capsys) -> subprocess.Popen:
     """Runs the rendered script in the background, its output in ``folder``/log."""
     program = f"{sys.executable} -m m2jax"
     words = ["--config", str(CONFIG), "--workdir", workdir, "--nodes", "1", "--tasks-per-node", "2"]
@@ -42,7 +58,14 @@ def start(folder: Path, workdir: str, seconds: str, capsys) -> subprocess.Popen:
         "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
     }
     with (folder / "log").open("ab") as log:
-        return subprocess.Popen(["bash", "job.sh"], cwd=folder, env=environ, stdout=log, stderr=log)
+        return subprocess.Popen(
+            ["bash", "job.sh"],
+            cwd=folder,
+            env=environ,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
 
 
 def trace(folder: Path) -> list[tuple]:
@@ -51,14 +74,14 @@ def trace(folder: Path) -> list[tuple]:
     return [(row["step"], row["loss"], row["grad_norm"]) for row in rows]
 
 
-def test_told_to_end_it_saves_and_goes_on_later(tmp_path, capsys) -> None:
-    assert start(tmp_path, "whole", "0", capsys).wait(180) == 0, (tmp_path / "log").read_text()
+def test_told_to_end_it_saves_and_goes_on_later(tmp_path, start) -> None:
+    assert start("whole", "0").wait(180) == 0, (tmp_path / "log").read_text()
     log = (tmp_path / "log").read_text()
     assert "process 1 of 2" in log
     assert "process 2 of 2" in log
     assert "via openmpi" in log
 
-    job = start(tmp_path, "cut", "0.5", capsys)
+    job = start("cut", "0.5")
     end = time.monotonic() + 120
     while not (tmp_path / "cut" / "metrics.jsonl").exists() or len(trace(tmp_path / "cut")) < 3:
         assert time.monotonic() < end
@@ -68,5 +91,5 @@ def test_told_to_end_it_saves_and_goes_on_later(tmp_path, capsys) -> None:
     assert job.wait(60) == 42, (tmp_path / "log").read_text()
     assert 3 <= len(trace(tmp_path / "cut")) < 20
 
-    assert start(tmp_path, "cut", "0", capsys).wait(180) == 0
+    assert start("cut", "0").wait(180) == 0
     assert trace(tmp_path / "cut") == trace(tmp_path / "whole")
