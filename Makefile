@@ -15,17 +15,18 @@ READY := .venv/ready
 TORCH := .venv-torch/bin
 TORCH_READY := .venv-torch/ready
 
-.PHONY: help demo test test-torch soak lint notebooks lock clean
+.PHONY: help demo test test-torch test-launch soak lint notebooks lock clean
 
 help:
 	@echo 'make demo       train the demo into runs/demo and write its report (about 10 minutes)'
 	@echo 'make test       lint, types, import rules, tests'
 	@echo 'make test-torch the tests against PyTorch, transformers and open_clip (a .venv-torch of 2 GB)'
+	@echo 'make test-launch job files against xpk and SkyPilot themselves (two environments of 0.8 GB)'
 	@echo 'make soak       kills, full disks and lost devices in real processes (about 20 minutes)'
 	@echo 'make lint       the first three alone'
 	@echo 'make notebooks  run the notebooks'
 	@echo 'make lock       resolve requirements/*.txt anew (needs uv)'
-	@echo 'make clean      remove .venv, .venv-torch, caches and build folders; runs/ stays'
+	@echo 'make clean      remove .venv, .venv-*, caches and build folders; runs/ stays'
 
 demo: $(READY)
 	$(BIN)/m2jax train --config configs/emoji.py --workdir runs/demo
@@ -38,6 +39,20 @@ test: lint
 
 test-torch: $(TORCH_READY)
 	$(TORCH)/python -m pytest -n 0 -m torch
+
+# Each tool in an environment of its own: their pins and ours do not fit together.
+.venv-xpk/ready:
+	$(PYTHON) -m venv .venv-xpk
+	.venv-xpk/bin/python -m pip install --quiet xpk==1.16.0
+	touch $@
+
+.venv-sky/ready:
+	$(PYTHON) -m venv .venv-sky
+	.venv-sky/bin/python -m pip install --quiet skypilot==0.14.1
+	touch $@
+
+test-launch: $(READY) .venv-xpk/ready .venv-sky/ready
+	$(BIN)/python -m pytest -n 0 tests/launch/test_tools.py
 
 soak: $(READY)
 	$(BIN)/python -m pytest -n 0 -m soak
@@ -87,4 +102,4 @@ lock:
 	$(COMPILE) --extra dev -o requirements/dev.txt
 
 clean:
-	rm -rf .venv .venv-torch .cache build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-torch .venv-xpk .venv-sky .cache build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache

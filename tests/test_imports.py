@@ -23,6 +23,7 @@ HOMES = {
     "array_record": "data",
     "sentencepiece": "data",
     "tokenizers": "data",
+    "jinja2": "launch",
     "tensorboardX": "obs",
     "wandb": "obs",
     "huggingface_hub": "checkpoint",

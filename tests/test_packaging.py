@@ -55,7 +55,7 @@ def test_a_wheel_holds_code_and_configs_alone(tmp_path: Path) -> None:
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         (source / name).write_bytes((ROOT / name).read_bytes())
     for folder in ("m2jax", "configs"):
-        for file in (ROOT / folder).rglob("*.py"):
+        for file in [*(ROOT / folder).rglob("*.py"), *(ROOT / folder).rglob("*.j2")]:
             copy = source / file.relative_to(ROOT)
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_bytes(file.read_bytes())
@@ -70,7 +70,9 @@ def test_a_wheel_holds_code_and_configs_alone(tmp_path: Path) -> None:
     assert {n.split("/")[0] for n in inside} == {"m2jax"}
     modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / "m2jax").rglob("*.py")}
     configs = {f"m2jax/_configs/{p.name}" for p in (ROOT / "configs").glob("*.py")}
-    assert inside == modules | configs
+    templates = {p.relative_to(ROOT).as_posix() for p in (ROOT / "m2jax").rglob("*.j2")}
+    assert len(templates) == 8
+    assert inside == modules | configs | templates
 
 
 def test_every_script_has_the_licence_line() -> None:

@@ -64,7 +64,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Examines the machine and prints."""
-    checks = [_python(), *_libraries(), _devices(), _npm(), _data(), *_extras()]
+    checks = [_python(), *_libraries(), _devices(), *_job(), _npm(), _data(), *_extras()]
     broken = any(check.required and not check.ok for check in checks)
     if args.json:
         report = {check.name: check._asdict() for check in checks}
@@ -111,6 +111,24 @@ def _devices() -> Check:
     kinds = sorted({device.device_kind for device in devices})
     cores = f", {os.cpu_count()} cores" if devices[0].platform == "cpu" else ""
     return Check("devices", True, f"{len(devices)} x {', '.join(kinds)}{cores}", required=True)
+
+
+def _job() -> list[Check]:
+    """Whether this process would find the others of its job, if it is in one."""
+    from m2jax.config import UserError
+    from m2jax.dist.launchers import detect
+    from m2jax.launch.diagnose import findings
+
+    try:
+        import jax
+
+        found, platform = detect(os.environ), jax.default_backend()
+    except UserError as error:
+        return [Check("launcher", False, str(error))]
+    except (RuntimeError, ImportError):  # shown above, among the devices
+        found, platform = detect(os.environ), ""
+    looked = findings(os.environ, via=found.via, coordinator=found.coordinator, platform=platform)
+    return [Check(one.name, one.ok, one.says, one.mend) for one in looked]
 
 
 def _npm() -> Check:
