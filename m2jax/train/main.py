@@ -23,6 +23,7 @@ from m2jax.obs.progress import Progress
 from m2jax.train.image_text import ImageTextTask
 from m2jax.train.loop import Loop
 from m2jax.train.step import Step, make_step
+from m2jax.train.sycoca import SyCoCaTask
 from m2jax.train.task import Task
 
 
@@ -62,7 +63,9 @@ def run(experiment: Experiment, workdir: str | os.PathLike[str]) -> int:
 
 def assemble(experiment: Experiment, mesh: Mesh) -> tuple[Task, Step]:
     """The task of an experiment and its jitted step: what ``run`` trains and ``plan`` compiles."""
-    task = ImageTextTask(experiment, mesh)
+    loss = experiment.loss
+    local = loss.caption.weight or loss.masked_image.weight
+    task = SyCoCaTask(experiment, mesh) if local else ImageTextTask(experiment, mesh)
     return task, make_step(experiment, task, mesh)
 
 
