@@ -32,7 +32,7 @@ def linear_cross_entropy(
         target: the word at each place; any number where the weight is 0.
         weight: 1 where a token counts, 0 where it does not (padding, unmasked words).
         vocab_size: rows of the table that are words; the rest is padding and gets no probability.
-        positions: tokens of a row whose logits exist at once.
+        positions: tokens of a row whose logits exist at once; all of them: nothing is made again.
 
     Returns:
         The mean in float32 (or wider), 0 where no token counts.
@@ -49,7 +49,6 @@ def linear_cross_entropy(
         x = jnp.pad(x, [(0, 0), (0, pad), *[(0, 0)] * (x.ndim - 2)])
         return jnp.moveaxis(x.reshape(len(x), count, positions, *x.shape[2:]), 1, 0)
 
-    @jax.checkpoint
     def of_part(table: jax.Array, h: jax.Array, t: jax.Array, w: jax.Array) -> jax.Array:
         logits = jnp.einsum("bpd,vd->bpv", h, table.astype(h.dtype), preferred_element_type=wide)
         logits = jnp.where(is_word, logits, -jnp.inf)
@@ -58,8 +57,10 @@ def linear_cross_entropy(
         lost = jax.nn.logsumexp(logits, axis=-1) - own
         return jnp.where(w != 0, w * lost, 0).sum()
 
+    again = of_part if count == 1 else jax.checkpoint(of_part)
+
     def body(total: jax.Array, part: tuple) -> tuple[jax.Array, None]:
-        return total + of_part(table, *part), None
+        return total + again(table, *part), None
 
     parts = (cut(hidden), cut(target), cut(weight.astype(wide)))
     total, _ = jax.lax.scan(body, jnp.zeros((), wide), parts)

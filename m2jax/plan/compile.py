@@ -118,9 +118,10 @@ def batch_shapes(task: Task, experiment: Experiment, mesh: Mesh) -> dict[str, An
 
 def model_flops(experiment: Experiment, mesh: Mesh) -> float:
     """FLOPs over all devices that the model needs: those of a trace that recomputes nothing."""
-    plain = dataclasses.replace(
-        experiment, model=dataclasses.replace(experiment.model, remat="none")
-    )
+    model = dataclasses.replace(experiment.model, remat="none")
+    caption = dataclasses.replace(experiment.loss.caption, positions=model.max_text_len)
+    loss = dataclasses.replace(experiment.loss, caption=caption)
+    plain = dataclasses.replace(experiment, model=model, loss=loss)
     task, step = assemble(plain, mesh)
     traced = step.run.trace(step.abstract_state, batch_shapes(task, plain, mesh))
     return flops.traced(traced.jaxpr)
