@@ -127,7 +127,7 @@ def load(
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory: name a work directory or a checkpoint")
     mesh = mesh or make_mesh(config_lib.Mesh(), jax.devices()[:1])
-    checkpoint = _checkpoint(directory)
+    checkpoint = checkpoint_of(directory)
     if checkpoint is None:
         return _load_exported(directory, dtype, mesh)
     saved = manager.read_bundle(checkpoint)
@@ -159,7 +159,7 @@ def _side(model: Architecture) -> int:
     return model.vision.image_size if isinstance(model, Dual) else model.image_size
 
 
-def _checkpoint(directory: Path) -> Path | None:
+def checkpoint_of(directory: Path) -> Path | None:
     """The checkpoint that a folder is or holds; ``None`` for a folder in another format."""
     if (directory / "bundle").is_dir():
         return directory

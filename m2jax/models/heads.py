@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from m2jax import config as config_lib
 from m2jax.models import layers
-from m2jax.models.decoder import Decoder
+from m2jax.models.decoder import Cache, Decoder
 
 
 class CaptionHead(nnx.Module):
@@ -54,6 +54,25 @@ class CaptionHead(nnx.Module):
         tokens = jnp.concatenate([tags, words], axis=1)
         positions = self.text_positions[...][: tokens.shape[1]].astype(self.dtype)
         return self.decoder(tokens + positions, memory)
+
+    def begin(
+        self,
+        memory: Float[Array, "batch memory width"],
+        language: Int[Array, " batch"],
+        length: int,
+    ) -> tuple[Cache, Float[Array, "batch width"]]:
+        """A cache that holds the tag, with room for ``length`` tokens, and the tag's state."""
+        cache = self.decoder.begin(memory, length)
+        return self.advance(cache, self.language_tags[...][language].astype(self.dtype), 0)
+
+    def advance(
+        self, cache: Cache, token: Float[Array, "batch width"], place: Int[Array, ""] | int
+    ) -> tuple[Cache, Float[Array, "batch width"]]:
+        """The state behind one more token; ``place`` counts those before it, the tag too."""
+        # Past the longest text of training there is no position: the last one serves.
+        table = self.text_positions[...]
+        position = table[jnp.minimum(place, len(table) - 1)].astype(self.dtype)
+        return self.decoder.advance(cache, token + position, jnp.asarray(place))
 
 
 class PatchHead(nnx.Module):
