@@ -17,8 +17,10 @@ from PIL import Image
 from m2jax import bundle as bundle_lib
 from m2jax.bundle import Bundle
 from m2jax.checkpoint import manager
-from m2jax.config import Model, UserError
+from m2jax.config import Mesh, Model, UserError
 from m2jax.data.text import Speller
+from m2jax.dist.mesh import make_mesh
+from m2jax.dist.sharding import AxisRules
 from m2jax.models import generate
 from m2jax.models import params as params_lib
 from m2jax.models.generate import Search
@@ -113,9 +115,11 @@ def load_captioner(path: str | os.PathLike[str], *, dtype: str = "float32") -> C
         raise UserError(f"{path}: its tokenizer cannot turn ids into text: use GLM's or our own")
     languages = experiment.data.languages
     heads = params_lib.abstract_of(lambda rngs: Heads(rngs, cfg, experiment.loss, len(languages)))
-    place = jax.tree.leaves(loaded.params)[0].sharding
+    mesh = make_mesh(Mesh(), jax.devices()[:1])
     shapes = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), heads.params
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        heads.params,
+        params_lib.shardings(heads, mesh, AxisRules()),
     )
     params = manager.read_params(checkpoint.absolute(), {"heads": shapes})["heads"]
     return Captioner(loaded, heads.graph, params, languages, cfg.max_text_len - 1)
