@@ -39,7 +39,14 @@ def _emoji(experiment: Experiment) -> Source:
     return EmojiBatches.of(experiment)
 
 
-SOURCES: dict[str, Callable[[Experiment], Source]] = {"emoji": _emoji}  # by data.name
+def _scenes(experiment: Experiment) -> Source:
+    from m2jax.data.emoji.scenes import SceneBatches
+
+    return SceneBatches.of(experiment)
+
+
+# By data.name.
+SOURCES: dict[str, Callable[[Experiment], Source]] = {"emoji": _emoji, "emoji-scenes": _scenes}
 
 
 class Loader:
