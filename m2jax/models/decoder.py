@@ -23,12 +23,16 @@ Bias = Float[Array, "#batch 1 #queries keys"]
 
 
 class Cache(NamedTuple):
-    """Keys and values of every layer: of the tokens so far, and of the memory."""
+    """Keys and values of every layer: of the tokens so far, and of the memory.
 
-    keys: Float[Array, "layers batch length heads dim"]
-    values: Float[Array, "layers batch length heads dim"]
-    memory_keys: Float[Array, "layers batch memory heads dim"]
-    memory_values: Float[Array, "layers batch memory heads dim"]
+    Heads come before places, as a product over places wants them: the other order is copied into
+    this one again for every token.
+    """
+
+    keys: Float[Array, "layers batch heads length dim"]
+    values: Float[Array, "layers batch heads length dim"]
+    memory_keys: Float[Array, "layers batch heads memory dim"]
+    memory_values: Float[Array, "layers batch heads memory dim"]
 
 
 class Block(nnx.Module):
@@ -141,11 +145,11 @@ class Decoder(nnx.Module):
         graph, state = nnx.split(self.blocks)
 
         def body(_: None, weights: nnx.State) -> tuple[None, list[jax.Array]]:
-            return None, nnx.merge(graph, weights).remember(memory)
+            return None, [x.swapaxes(1, 2) for x in nnx.merge(graph, weights).remember(memory)]
 
         _, (keys, values) = jax.lax.scan(body, None, state)
-        layer_count, batch, _, *head = keys.shape
-        empty = jnp.zeros((layer_count, batch, length, *head), keys.dtype)
+        *first, _, dim = keys.shape
+        empty = jnp.zeros((*first, length, dim), keys.dtype)
         return Cache(empty, empty, keys, values)
 
     def advance(
@@ -165,7 +169,7 @@ class Decoder(nnx.Module):
             memory_mask: false where the memory is padding.
         """
         graph, state = nnx.split(self.blocks)
-        room = jnp.arange(cache.keys.shape[2])
+        room = jnp.arange(cache.keys.shape[3])
         bias = jnp.where(room <= position, 0.0, -jnp.inf)[None, None, None, :]
         memory_bias = hidden(memory_mask)
 
@@ -173,12 +177,15 @@ class Decoder(nnx.Module):
             weights, keys, values, *memory = layer
             block = nnx.merge(graph, weights)
             query, key, value = block.project(x)
-            keys = jax.lax.dynamic_update_index_in_dim(keys, key[:, 0], position, 1)
-            values = jax.lax.dynamic_update_index_in_dim(values, value[:, 0], position, 1)
-            attended = layers.attention(query, keys, values, bias=bias)
-            return block.mix(x, attended, memory, memory_bias), (keys, values)
+            keys = jax.lax.dynamic_update_index_in_dim(keys, key[:, 0], position, 2)
+            values = jax.lax.dynamic_update_index_in_dim(values, value[:, 0], position, 2)
+            attended = layers.attention(query, _by_place(keys), _by_place(values), bias=bias)
+            seen = [_by_place(x) for x in memory]
+            return block.mix(x, attended, seen, memory_bias), (keys, values)
 
-        x, (keys, values) = jax.lax.scan(body, token[:, None], (state, *cache))
+        # Unrolled: a loop would copy every layer's weights out of the stack for every token.
+        layers_of = (state, *cache)
+        x, (keys, values) = jax.lax.scan(body, token[:, None], layers_of, unroll=self.depth)
         return cache._replace(keys=keys, values=values), self.norm(x)[:, 0]
 
     def _causal_bias(self, length: int) -> Bias | None:
@@ -191,6 +198,10 @@ class Decoder(nnx.Module):
 def hidden(mask: Bool[Array, "batch keys"] | None) -> Bias | None:
     """What is added to scores so that no query sees a key whose mask is false."""
     return None if mask is None else jnp.where(mask, 0.0, -jnp.inf)[:, None, None, :]
+
+
+def _by_place(x: Float[Array, "b h l k"]) -> Float[Array, "b l h k"]:
+    return x.swapaxes(1, 2)
 
 
 def _merged(heads: Float[Array, "b l h k"]) -> Float[Array, "b l d"]:
