@@ -126,7 +126,7 @@ def load(
     """
     directory = _directory(path)
     mesh = mesh or make_mesh(config_lib.Mesh(), jax.devices()[:1])
-    checkpoint = _checkpoint(directory)
+    checkpoint = checkpoint_of(directory)
     if checkpoint is None:
         return _load_exported(directory, dtype, mesh)
     saved = manager.read_bundle(checkpoint)
@@ -156,7 +156,7 @@ def read_saved(path: str | os.PathLike[str]) -> manager.Saved | None:
     Raises:
         UserError: there is no such directory, or nothing readable in it.
     """
-    checkpoint = _checkpoint(_directory(path))
+    checkpoint = checkpoint_of(_directory(path))
     return None if checkpoint is None else manager.read_bundle(checkpoint)
 
 
@@ -182,7 +182,7 @@ def _side(model: Architecture) -> int:
     return model.vision.image_size if isinstance(model, Dual) else model.image_size
 
 
-def _checkpoint(directory: Path) -> Path | None:
+def checkpoint_of(directory: Path) -> Path | None:
     """The checkpoint that a folder is or holds; ``None`` for a folder in another format."""
     if (directory / "bundle").is_dir():
         return directory

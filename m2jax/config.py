@@ -167,6 +167,7 @@ class Finetune:
 class Contrastive:
     """Image-text contrast (ITC)."""
 
+    weight: float = 1.0  # of the loss
     form: str = "softmax"  # softmax (CLIP) | sigmoid (SigLIP), whose scale usually starts at 10
     impl: str = "dense"  # how the reduction over devices is done: see contrastive_loss
     group: int = 0  # devices that gather (grid) or share negatives (grouped); 0: chosen by impl
@@ -185,10 +186,33 @@ class Contrastive:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Caption:
+    """Image captioning (IC): a causal decoder over the image tokens. Weight 0: no such head."""
+
+    weight: float = 0.0  # CoCa takes 2, beside 1 of ITC
+    layers: int = 3
+    patches: str = "all"  # that the decoder sees: all | high | low | random, by fit to the text
+    ratio: float = 0.5  # share of the patches it sees, unless all
+    positions: int = 8  # tokens of a text whose logits exist at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedImage:
+    """Text-guided masked image modelling (TG-MIM): a decoder paints patches from the text."""
+
+    weight: float = 0.0  # 0: no such head
+    layers: int = 2
+    patches: str = "high"  # that are masked: high | low | random, by fit to the text
+    ratio: float = 0.5  # share of the patches that are masked
+
+
+@dataclass(frozen=True, kw_only=True)
 class Loss:
-    """The objectives of the run."""
+    """The objectives of the run; SyCoCa is all three, CoCa the first two with all patches."""
 
     contrastive: Contrastive = field(default_factory=Contrastive)
+    caption: Caption = field(default_factory=Caption)
+    masked_image: MaskedImage = field(default_factory=MaskedImage)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -344,6 +368,8 @@ _CHOICES: Mapping[tuple[type, str], tuple[str, ...]] = types.MappingProxyType(
         (Optim, "schedule"): ("cosine", "linear", "constant"),
         (Train, "accumulation"): ("exact", "detach"),
         (Contrastive, "form"): ("softmax", "sigmoid"),
+        (Caption, "patches"): ("all", "high", "low", "random"),
+        (MaskedImage, "patches"): ("high", "low", "random"),
         (Contrastive, "wire_dtype"): ("", "bfloat16", "float16", "float32"),
         (Contrastive, "impl"): (
             "dense",

@@ -30,7 +30,7 @@ class Optimizer(NamedTuple):
 
 
 _PLAIN_ENDINGS = (
-    *("bias", "scale", "cls_token", "mask_token", "probe"),
+    *("bias", "scale", "cls_token", "mask_token", "probe", "language_tags"),
     *("logit_scale", "logit_vl_scale", "logit_bias", "logit_vl_bias"),
 )
 _TABLES = ("text_embed", "image_positions", "text_positions", "embed", "positions", "types")

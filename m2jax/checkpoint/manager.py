@@ -246,6 +246,7 @@ class Saved(NamedTuple):
 
     model: Architecture
     assets: dict[str, Any]
+    experiment: config_lib.Experiment | None = None  # of the run, where there was one
 
 
 def bundle_item(model: Architecture, assets: dict[str, Any]) -> dict[str, Any]:
@@ -312,8 +313,8 @@ def parse_bundle(saved: Any, where: str) -> Saved:
         raise UserError(f"{where}: lacks tokenizer or preprocess: use another checkpoint")
     if "dual" in saved:
         return Saved(config_dual.from_json(text, where), assets)
-    model = config_lib.from_json(text, where).model
-    return Saved(config_lib.resolve(model, f"{where}: model"), assets)
+    experiment = config_lib.from_json(text, where)
+    return Saved(config_lib.resolve(experiment.model, f"{where}: model"), assets, experiment)
 
 
 def read_params(checkpoint: Path, abstract_params: Any) -> Any:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from m2jax.config import UserError
-from m2jax.data.text import Tokens, open_model, padded, sentencepiece_fields, well_formed
+from m2jax.data.text import Tokens, open_model, padded, sentencepiece_fields, until, well_formed
 
 FILE = "sp.model"  # its name in a release directory
 END, CLS, MASK, UNK = "<|endoftext|>", "[CLS]", "[MASK]", "[UNK]"  # the end is also the padding
@@ -72,6 +72,16 @@ class GLMTokenizer:
             if part:
                 ids += self._processor.encode(_blanks(part))
         return ids
+
+    @property
+    def end(self) -> int:
+        """Id of the token that ends a text."""
+        return self._ids[END]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids up to the end token; runs of spaces come back as spaces."""
+        text = self._processor.decode([i for i in until(ids, self.end) if i != self._ids[CLS]])
+        return re.sub(r"<\|blank_(\d+)\|>", lambda found: " " * int(found[1]), text)
 
     def to_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""

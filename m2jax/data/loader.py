@@ -38,9 +38,16 @@ def _files(experiment: Experiment, assets: Assets | None) -> Source:
     return pair_batches(experiment, assets)
 
 
+def _scenes(experiment: Experiment, assets: Assets | None) -> Source:
+    from m2jax.data.emoji.scenes import SceneBatches
+
+    return SceneBatches.of(experiment, assets)
+
+
 # By data.name. The second argument is what a run takes over from the model it starts from.
 SOURCES: dict[str, Callable[[Experiment, Assets | None], Source]] = {
     "emoji": _emoji,
+    "emoji-scenes": _scenes,
     "tsv": _files,
     "tars": _files,
     "mixture": _files,

@@ -6,6 +6,7 @@ from __future__ import annotations
 import base64
 import importlib
 import io
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -36,6 +37,11 @@ def padded(lines: Sequence[Sequence[int]], length: int, pad: int) -> Tokens:
     return Tokens(ids, mask)
 
 
+def until(ids: Sequence[int], end: int) -> list[int]:
+    """The ids before the first ``end``."""
+    return list(itertools.takewhile(lambda i: i != end, map(int, ids)))
+
+
 @runtime_checkable  # the tests check types as they run
 class Tokenizer(Protocol):
     """Texts to token ids; each kind of ``to_dict`` has its line in ``tokenizer_from_dict``."""
@@ -51,6 +57,20 @@ class Tokenizer(Protocol):
 
     def to_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps, its ``kind`` included."""
+        ...
+
+
+@runtime_checkable
+class Speller(Tokenizer, Protocol):
+    """A tokenizer that also goes the other way: what a captioner needs."""
+
+    @property
+    def end(self) -> int:
+        """Id of the token that ends a text."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids up to the end token."""
         ...
 
 
@@ -79,6 +99,15 @@ class SentencePieceTokenizer:
         encoded = self._processor.encode([well_formed(text) for text in texts])
         lines = [[CLS, *pieces[: self.max_len - 2], END] for pieces in encoded]
         return padded(lines, self.max_len, PAD)
+
+    @property
+    def end(self) -> int:
+        """Id of the token that ends a text."""
+        return END
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids up to the end token."""
+        return self._processor.decode([i for i in until(ids, END) if i not in (PAD, CLS)])
 
     def to_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""

@@ -7,6 +7,7 @@ are nested dicts that optax, Orbax and ``jax.tree`` take as they are.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -45,7 +46,12 @@ def create(cfg: Architecture, rngs: nnx.Rngs) -> M2Encoder | DualEncoder:
 
 def abstract(cfg: Architecture) -> Abstract:
     """Graph, parameter shapes and logical axes of the model ``cfg`` describes; takes no memory."""
-    graph, state = nnx.split(nnx.eval_shape(lambda: create(cfg, nnx.Rngs(0))))
+    return abstract_of(lambda rngs: create(cfg, rngs))
+
+
+def abstract_of(make: Callable[[nnx.Rngs], nnx.Module]) -> Abstract:
+    """The same for any module."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
     axes = {
         ".".join(map(str, path)): variable.get_metadata("logical_axes")
         for path, variable in nnx.to_flat_state(state)
@@ -55,7 +61,18 @@ def abstract(cfg: Architecture) -> Abstract:
 
 def initialise(cfg: Architecture, rng: jax.Array) -> Params:
     """Fresh parameters. Jit it with ``out_shardings`` to make each shard where it belongs."""
-    return nnx.to_pure_dict(nnx.state(create(cfg, nnx.Rngs(params=rng))))
+    return initialise_of(lambda rngs: create(cfg, rngs), rng)
+
+
+def initialise_of(make: Callable[[nnx.Rngs], nnx.Module], rng: jax.Array) -> Params:
+    """The same for any module."""
+    return nnx.to_pure_dict(nnx.state(make(nnx.Rngs(params=rng))))
+
+
+def beside(model: Abstract, key: str, other: Abstract) -> Abstract:
+    """A model with another's parameters under ``key``; its graph stays the first one's."""
+    axes = {f"{key}.{name}": value for name, value in other.axes.items()}
+    return Abstract(model.graph, {**model.params, key: other.params}, {**model.axes, **axes})
 
 
 def bind(graph: nnx.GraphDef, params: Params) -> Any:

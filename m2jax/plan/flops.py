@@ -24,25 +24,40 @@ def from_sizes(experiment: Experiment, model: Abstract) -> float:
     """FLOPs of a step over all devices by the rule of thumb, made exact for attention.
 
     2 per parameter and token forward, twice that backward (Kaplan et al. 2020, table 1): 6 x the
-    parameters of the layers each token passes, and 12 tokens^2 width per layer and sample for
-    attention. Heads, embeddings and losses are left out: a lower bound by about a percent.
+    parameters of the layers each token passes, and 12 tokens x keys x width per layer and sample
+    for attention. ITC heads, embeddings and the contrast are left out: a lower bound by about a
+    percent. A caption's words are, since a vocabulary is as large as many layers.
     """
-    cfg, rows = experiment.model, experiment.data.batch_size
+    cfg, data, loss = experiment.model, experiment.data, experiment.loss
     kernels = {name: leaf.size for name, leaf in flatten(model.params).items() if "kernel" in name}
+    patches, words = (cfg.image_size // cfg.patch_size) ** 2, cfg.max_text_len
+    image = 1 + patches
 
     def used(*stacks: str) -> int:
         return sum(n for name, n in kernels.items() if name.startswith(stacks))
 
-    layers = cfg.backbone_layers + cfg.vl_layers
-    total = 0.0
-    for tokens, sequences, stacks in (
-        (1 + (cfg.image_size // cfg.patch_size) ** 2, experiment.data.views, ("A", "A")),
-        (cfg.max_text_len, len(experiment.data.languages), ("B", "A")),
-    ):
-        weights = used(f"backbone.blocks.{stacks[0]}.", f"vl.blocks.{stacks[1]}.")
-        each = 6 * tokens * weights + 12 * layers * tokens**2 * cfg.width
-        total += each * rows * sequences
-    return total
+    def encoder(tokens: int, backbone: str) -> float:
+        weights = used(f"backbone.blocks.{backbone}.", "vl.blocks.A.")
+        layers = cfg.backbone_layers + cfg.vl_layers
+        return 6 * tokens * weights + 12 * layers * tokens**2 * cfg.width
+
+    def decoder(name: str, depth: int, tokens: int, memory: int) -> float:
+        blocks = f"heads.{name}.decoder.blocks."
+        remembered = used(f"{blocks}cross_k.", f"{blocks}cross_v.")
+        weights = 6 * tokens * (used(blocks) - remembered) + 6 * memory * remembered
+        return weights + 12 * depth * tokens * (tokens + memory) * cfg.width
+
+    sequence = encoder(image, "A") * data.views
+    texts = encoder(words, "B")
+    if loss.caption.weight:
+        chosen = loss.caption.patches != "all"
+        memory = 1 + (max(1, round(loss.caption.ratio * patches)) if chosen else patches)
+        texts += decoder("caption", loss.caption.layers, words - 1, memory)
+        texts += 6 * (words - 1) * model.params["text_embed"].size
+    if loss.masked_image.weight:
+        texts += encoder(image, "A")
+        texts += decoder("masked_image", loss.masked_image.layers, image, words)
+    return data.batch_size * (sequence + texts * len(data.languages))
 
 
 def instruction_flops(module: Module, computation: Computation, instruction: Instruction) -> float:

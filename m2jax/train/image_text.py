@@ -12,13 +12,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from m2jax.config import Contrastive, Experiment, UserError
 from m2jax.data.augment import augment
 from m2jax.losses.contrastive import contrastive_loss
 from m2jax.models import params as params_lib
 from m2jax.models.depth import layer_scales
+from m2jax.models.m2 import Features as Encoded
+from m2jax.models.m2 import M2Encoder
 from m2jax.models.params import Abstract, Params
 from m2jax.train.task import Batch, Features, Metrics
 
@@ -51,6 +53,24 @@ class Head(NamedTuple):
     bias: jax.Array | None  # None: softmax
 
 
+class Forward(NamedTuple):
+    """Both towers on a batch; rows are (row, view) and (row, language) pairs."""
+
+    pixels: Float[Array, "images size size 3"]  # augmented, in [0, 1]
+    image: Encoded
+    text: Encoded
+
+    @property
+    def features(self) -> Features:
+        """What the contrast needs of them."""
+        return {
+            "image": self.image.features,
+            "text": self.text.features,
+            "backbone_image": self.image.backbone_features,
+            "backbone_text": self.text.backbone_features,
+        }
+
+
 class ImageTextTask:
     """Each view of an image against its text in each language, on backbone and vl features.
 
@@ -69,6 +89,7 @@ class ImageTextTask:
         self.experiment = experiment
         self.mesh = mesh
         self.model: Abstract = params_lib.abstract(experiment.model)
+        self._of_model = tuple(self.model.params)
         self._sigmoid = experiment.loss.contrastive.form == "sigmoid"
         if self._sigmoid:
             biases = dict.fromkeys(BIASES, jax.ShapeDtypeStruct((), jnp.float32))
@@ -105,25 +126,29 @@ class ImageTextTask:
 
     def encode(self, params: Params, batch: Batch, rng: jax.Array) -> Features:
         """Features [rows * views or languages, dim], those of a row beside each other."""
-        of_model = {name: leaf for name, leaf in params.items() if name not in BIASES}
-        model = params_lib.bind(self.model.graph, self.held(of_model))
+        return self.forward(params, batch, rng).features
+
+    def bind(self, params: Params) -> M2Encoder:
+        """The encoder itself; of ``params`` it takes what is its own."""
+        own = {name: params[name] for name in self._of_model}
+        return params_lib.bind(self.model.graph, self.held(own))
+
+    def forward(self, params: Params, batch: Batch, rng: jax.Array) -> Forward:
+        """Both towers on a batch."""
+        model = self.bind(params)
         keys = jax.random.split(rng, 3)
         images, texts = batch["image"], batch["text"]
         # Views and languages are folded into the rows they belong to, so a device keeps its rows;
         # only the features, which are small, are then put in order view by view.
         pixels = augment(images, self.experiment.data.augment, keys[0], model.dtype)
-        image = model.encode_image(pixels.reshape(-1, *pixels.shape[2:]), rng=keys[1])
+        pixels = pixels.reshape(-1, *pixels.shape[2:])
+        image = model.encode_image(pixels, rng=keys[1])
         text = model.encode_text(
             texts.reshape(-1, texts.shape[2]),
             batch["text_mask"].reshape(-1, texts.shape[2]),
             rng=keys[2],
         )
-        return {
-            "image": image.features,
-            "text": text.features,
-            "backbone_image": image.backbone_features,
-            "backbone_text": text.backbone_features,
-        }
+        return Forward(pixels, image, text)
 
     def contrast(
         self, params: Params, features: Features, batch: Batch
@@ -151,7 +176,7 @@ class ImageTextTask:
         if cfg.image_image and views > 1:
             metrics["loss/image_image"] = self._within(vl_image, vl_head, ids)
             total = total + cfg.image_image * metrics["loss/image_image"]
-        return total, metrics
+        return cfg.weight * total, metrics
 
     def after_update(self, params: Params) -> Params:
         """Keeps both scales at or below ``scale_max`` (CLIP's ceiling of ln 100)."""

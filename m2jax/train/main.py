@@ -38,6 +38,7 @@ from m2jax.train.meter import Meter
 from m2jax.train.origin import Origin
 from m2jax.train.state import TrainState
 from m2jax.train.step import Step, make_step
+from m2jax.train.sycoca import SyCoCaTask
 from m2jax.train.task import Task
 
 PREEMPTED = 42  # exit code of a run that saved and stopped because it was told to
@@ -123,6 +124,8 @@ def assemble(
     """
     if isinstance(model, Dual):
         task: Task = DualTextTask(experiment, model, mesh)
+    elif experiment.loss.caption.weight or experiment.loss.masked_image.weight:
+        task = SyCoCaTask(experiment, mesh)
     else:
         task = ImageTextTask(experiment, mesh)
     return task, make_step(experiment, task, mesh)
@@ -139,9 +142,13 @@ def batch_shapes(task: Task, experiment: Experiment, mesh: Mesh) -> dict[str, An
 
 def model_flops(experiment: Experiment, mesh: Mesh, model: Architecture | None = None) -> float:
     """FLOPs of a step over all devices that the model needs: what is recomputed does not count."""
+    whole_texts = dataclasses.replace(
+        experiment.loss.caption, positions=experiment.model.max_text_len
+    )
     plain = dataclasses.replace(
         experiment,
         model=dataclasses.replace(experiment.model, remat="none"),
+        loss=dataclasses.replace(experiment.loss, caption=whole_texts),
         train=dataclasses.replace(experiment.train, accumulate=1),
     )
     if isinstance(model, Dual):

@@ -16,6 +16,7 @@ from m2jax.plan import flops, hlo
 from m2jax.plan.compile import model_flops
 from m2jax.train.flops import TraceError
 from m2jax.train.image_text import ImageTextTask
+from m2jax.train.sycoca import SyCoCaTask
 
 SIZES = {"x": (8, 16), "w": (5, 16, 16)}
 
@@ -135,6 +136,19 @@ def test_the_trace_against_the_sizes_of_the_model(remat: str) -> None:
     needed = model_flops(toy, make_mesh(toy.mesh))
     sized = flops.from_sizes(toy, ImageTextTask(toy).model)
     assert 1.0 <= needed / sized < 1.12
+
+
+@pytest.mark.parametrize("patches", ["all", "high"])
+def test_the_trace_against_the_sizes_with_heads(patches: str) -> None:
+    """The same of SyCoCa; what is left out is relatively less, so the bound is sharper."""
+    toy = experiment(remat="full")
+    loss = config.Loss(
+        caption=config.Caption(weight=2.0, positions=2, patches=patches),
+        masked_image=config.MaskedImage(weight=1.0),
+    )
+    toy = dataclasses.replace(toy, loss=loss)
+    needed = model_flops(toy, make_mesh(toy.mesh))
+    assert 1.0 <= needed / flops.from_sizes(toy, SyCoCaTask(toy).model) < 1.06
 
 
 def test_the_sizes_by_hand() -> None:

@@ -22,7 +22,7 @@ class ToySource:
     def __init__(self, experiment, assets=None):
         self.cfg = experiment
         words = [f"word{i}" for i in range(40)]
-        tokenizer = SentencePieceTokenizer(train_tokenizer(words, 60), 6)
+        tokenizer = self.tokenizer = SentencePieceTokenizer(train_tokenizer(words, 60), 6)
         self.assets = {
             "tokenizer": tokenizer.to_dict(),
             "preprocess": Preprocess(16, "white").to_dict(),

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scenes composed of emoji drawings, with captions that state what stands where.
+
+Two to four drawings lie on a white square; an English and a Chinese caption tell their relation
+(left of, above), their number or their sizes. Everything follows from the seed and the index, and
+each drawing's box is known, so it can be measured whether a patch and a word mean the same thing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int32, UInt8
+from PIL import Image
+
+from m2jax.config import Data, Experiment, UserError
+from m2jax.data.emoji.batches import shrink
+from m2jax.data.emoji.dataset import Drawings, EmojiData, default_directory, load
+from m2jax.data.image import Preprocess
+from m2jax.data.text import SentencePieceTokenizer, Tokenizer, tokenizer_from_dict
+
+GRID = 64  # pixels of a scene before it is scaled to the model's size
+
+# Caption templates by kind: {a} and {b} are names, {n} a number word. Wording is ours.
+TEMPLATES = {
+    "left": {"en": "{a} to the left of {b}", "zh": "{a}在{b}的左边"},
+    "right": {"en": "{a} to the right of {b}", "zh": "{a}在{b}的右边"},
+    "above": {"en": "{a} above {b}", "zh": "{a}在{b}的上面"},
+    "below": {"en": "{a} below {b}", "zh": "{a}在{b}的下面"},
+    "larger": {"en": "a large {a} and a small {b}", "zh": "大的{a}和小的{b}"},
+    "count": {"en": "{n} times {a}", "zh": "{n}个{a}"},
+}
+NUMBERS = {"en": ("two", "three", "four"), "zh": ("两", "三", "四")}
+KINDS = tuple(TEMPLATES)
+
+
+class Item(NamedTuple):
+    """One drawing of a scene."""
+
+    drawing: int  # row of the drawings
+    box: tuple[int, int, int, int]  # left, top, right, bottom, in pixels of GRID
+
+
+class Scene(NamedTuple):
+    """What a picture shows; ``render`` draws it."""
+
+    kind: str
+    items: tuple[Item, ...]  # the first belongs to {a}; of "count" all do
+    captions: dict[str, str]
+
+
+def compose(
+    data: EmojiData, drawings: Drawings, rng: np.random.Generator, kind: str | None = None
+) -> Scene:
+    """A scene of drawings of one style.
+
+    Args:
+        data: for the names.
+        drawings: what may be drawn.
+        rng: decides everything else.
+        kind: one of ``KINDS``; drawn if not given.
+    """
+    kind = kind or KINDS[rng.integers(len(KINDS))]
+    first = int(rng.integers(len(drawings)))
+    same_style = np.flatnonzero(np.array(drawings.style) == drawings.style[first])
+    others = same_style[drawings.concept[same_style] != drawings.concept[first]]
+    second = int(others[rng.integers(len(others))])
+    number = int(rng.integers(2, 5))
+    boxes = _boxes(kind, number, rng)
+    shown = [first] * number if kind == "count" else [first, second]
+    captions = {
+        language: template.format(
+            a=data.concepts[drawings.concept[first]].names[language],
+            b=data.concepts[drawings.concept[second]].names[language],
+            n=NUMBERS[language][number - 2],
+        )
+        for language, template in TEMPLATES[kind].items()
+    }
+    items = tuple(Item(*pair) for pair in zip(shown, boxes, strict=True))
+    return Scene(kind, items, captions)
+
+
+def _boxes(kind: str, number: int, rng: np.random.Generator) -> list[tuple[int, int, int, int]]:
+    """Where the drawings lie; none overlaps another."""
+    half, quarter = GRID // 2, GRID // 4
+
+    def inside(left: int, top: int, room: int, low: int, high: int) -> tuple[int, int, int, int]:
+        """A square of ``low`` to ``high`` pixels somewhere in a square of ``room``."""
+        side = int(rng.integers(low, high + 1))
+        x, y = (int(rng.integers(0, room - side + 1)) for _ in range(2))
+        return left + x, top + y, left + x + side, top + y + side
+
+    if kind == "count":
+        places = rng.permutation(4)[:number]
+        return [inside(p % 2 * half, p // 2 * half, half, 20, half) for p in places]
+    free = int(rng.integers(0, half + 1))  # across the axis that matters, anywhere
+    if kind in ("left", "right", "above", "below"):
+        near, far = (inside(0, 0, half, 22, half) for _ in range(2))
+        other = int(rng.integers(0, half + 1))
+        if kind in ("left", "right"):
+            pair = [_moved(near, 0, free), _moved(far, half, other)]
+        else:
+            pair = [_moved(near, free, 0), _moved(far, other, half)]
+        return pair if kind in ("left", "above") else pair[::-1]
+    corner = int(rng.integers(4))  # larger: the small one takes a corner, the large the opposite
+    x, y = corner % 2, corner // 2
+    small = inside(x * 3 * quarter, y * 3 * quarter, quarter, 14, quarter)
+    large = inside((1 - x) * quarter, (1 - y) * quarter, 3 * quarter, 40, 3 * quarter)
+    return [large, small]
+
+
+def _moved(box: tuple[int, int, int, int], x: int, y: int) -> tuple[int, int, int, int]:
+    return box[0] + x, box[1] + y, box[2] + x, box[3] + y
+
+
+def render(scene: Scene, drawings: Drawings) -> UInt8[np.ndarray, "64 64 4"]:
+    """The picture: straight-alpha RGBA."""
+    canvas = Image.new("RGBA", (GRID, GRID))
+    for item in scene.items:
+        left, top, right, bottom = item.box
+        drawing = Image.fromarray(drawings.images[item.drawing])
+        drawing = drawing.resize((right - left, bottom - top), Image.Resampling.BOX)
+        canvas.alpha_composite(drawing, (left, top))
+    return np.asarray(canvas)
+
+
+class SceneBatches:
+    """Batch ``index`` of scenes, from the seed and the index alone.
+
+    Args:
+        data: the drawings and their names.
+        cfg: batch size, languages, held-out styles.
+        tokenizer: turns captions into ids.
+        size: side of the images, pixels; divides ``GRID``.
+        seed: of the run.
+    """
+
+    def __init__(
+        self,
+        data: EmojiData,
+        cfg: Data,
+        tokenizer: Tokenizer,
+        *,
+        size: int,
+        seed: int,
+    ) -> None:
+        if GRID % size:
+            raise UserError(f"model.image_size={size}: scenes have {GRID} pixels: use a divisor")
+        if cfg.views != 1:
+            raise UserError(f"data.views={cfg.views}: a scene is drawn once: set it to 1")
+        self._data, self._cfg, self._size, self._seed = data, cfg, size, seed
+        self._drawings = data.drawings("train", hold_out_styles=cfg.hold_out_styles)
+        self._tokenizer = tokenizer
+        preprocess = Preprocess(size, background="white")
+        self.assets: dict[str, Any] = {
+            "tokenizer": tokenizer.to_dict(),
+            "preprocess": preprocess.to_dict(),
+        }
+
+    @classmethod
+    def of(cls, experiment: Experiment, assets: Mapping[str, Any] | None = None) -> SceneBatches:
+        """The scenes of an experiment; builds the data set if it is not there.
+
+        Args:
+            experiment: the run.
+            assets: of the model that the run starts from: its tokenizer is kept.
+        """
+        data = load(default_directory(experiment.data.dir))
+        seed, size = experiment.train.seed, experiment.model.image_size
+        if assets is not None:
+            tokenizer = tokenizer_from_dict(assets["tokenizer"])
+        else:
+            tokenizer = SentencePieceTokenizer(data.tokenizer_model, experiment.model.max_text_len)
+        return cls(data, experiment.data, tokenizer, size=size, seed=seed)
+
+    def batch(self, index: int, rows: slice) -> dict[str, np.ndarray]:
+        """Rows of batch ``index``; as of ``EmojiBatches``, and ``concept`` numbers the scenes."""
+        numbers = range(self._cfg.batch_size)[rows]
+        rngs = [np.random.default_rng((self._seed, 2, index, n)) for n in numbers]
+        scenes = [compose(self._data, self._drawings, rng) for rng in rngs]
+        images = np.stack([render(scene, self._drawings) for scene in scenes])
+        texts = [
+            self._tokenizer([scene.captions[language] for scene in scenes])
+            for language in self._cfg.languages
+        ]
+        return {
+            "image": shrink(images, self._size)[:, None],
+            "text": np.stack([t.ids for t in texts], axis=1),
+            "text_mask": np.stack([t.mask for t in texts], axis=1),
+            "concept": _numbers(index, self._cfg.batch_size, numbers),
+        }
+
+
+def _numbers(index: int, size: int, rows: range) -> Int32[np.ndarray, " n"]:
+    """A number per scene; wraps around after 2 ** 31 of them."""
+    return ((index * size + np.arange(rows.start, rows.stop)) % 2**31).astype(np.int32)

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the local objectives of SyCoCa put on top of the dual encoder: two decoders.
+
+``CaptionHead`` writes the text from image tokens (IC); ``PatchHead`` paints masked patches from
+text tokens (TG-MIM). Both leave the encoder as published: the caption decoder embeds its own words
+with the encoder's table, since the text tower looks both ways and its states would give words away.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from m2jax import config as config_lib
+from m2jax.models import layers
+from m2jax.models.decoder import Cache, Decoder
+
+
+class CaptionHead(nnx.Module):
+    """The multimodal text decoder; words are predicted by the encoder's own token table.
+
+    Args:
+        rngs: source of the initial values.
+        cfg: sizes, those of the encoder.
+        depth: number of decoder layers.
+        languages: number of languages; each has a tag that stands where text begins.
+    """
+
+    def __init__(self, rngs: nnx.Rngs, cfg: config_lib.Model, depth: int, languages: int):
+        d, dtype = cfg.width, jnp.dtype(cfg.param_dtype)
+        small = layers.normal(d**-0.5)
+        self.dtype = jnp.dtype(cfg.dtype)
+        self.language_tags = layers.param(rngs, small, (languages, d), (None, "embed"), dtype)
+        self.text_positions = layers.param(
+            rngs, small, (cfg.max_text_len, d), (None, "embed"), dtype
+        )
+        self.decoder = Decoder(rngs, cfg, depth, causal=True)
+
+    def __call__(
+        self,
+        words: Float[Array, "batch length width"],
+        language: Int[Array, " batch"],
+        memory: Float[Array, "batch memory width"],
+    ) -> Float[Array, "batch length+1 width"]:
+        """States that predict a text: the first its first word, from the tag alone, and so on.
+
+        Args:
+            words: embedded words of the text without its [CLS].
+            language: of each text.
+            memory: image tokens.
+        """
+        tags = self.language_tags[...][language].astype(self.dtype)[:, None]
+        tokens = jnp.concatenate([tags, words], axis=1)
+        positions = self.text_positions[...][: tokens.shape[1]].astype(self.dtype)
+        return self.decoder(tokens + positions, memory)
+
+    def begin(
+        self,
+        memory: Float[Array, "batch memory width"],
+        language: Int[Array, " batch"],
+        length: int,
+    ) -> tuple[Cache, Float[Array, "batch width"]]:
+        """A cache that holds the tag, with room for ``length`` tokens, and the tag's state."""
+        cache = self.decoder.begin(memory, length)
+        return self.advance(cache, self.language_tags[...][language].astype(self.dtype), 0)
+
+    def advance(
+        self, cache: Cache, token: Float[Array, "batch width"], place: Int[Array, ""] | int
+    ) -> tuple[Cache, Float[Array, "batch width"]]:
+        """The state behind one more token; ``place`` counts those before it, the tag too."""
+        # Past the longest text of training there is no position: the last one serves.
+        table = self.text_positions[...]
+        position = table[jnp.minimum(place, len(table) - 1)].astype(self.dtype)
+        return self.decoder.advance(cache, token + position, jnp.asarray(place))
+
+
+class PatchHead(nnx.Module):
+    """The image decoder: image tokens, some of them masked, ask the text what lies there."""
+
+    def __init__(self, rngs: nnx.Rngs, cfg: config_lib.Model, depth: int):
+        self.decoder = Decoder(rngs, cfg, depth, causal=False)
+        self.out = layers.Linear(
+            rngs,
+            (cfg.width, 3 * cfg.patch_size**2),
+            ("embed", None),
+            init=layers.normal(cfg.width**-0.5),
+            bias_init=layers.constant(0.0),
+            dtype=jnp.dtype(cfg.param_dtype),
+        )
+
+    def __call__(
+        self,
+        tokens: Float[Array, "batch tokens width"],
+        text: Float[Array, "batch length width"],
+        text_mask: Bool[Array, "batch length"],
+    ) -> Float[Array, "batch patches values"]:
+        """Normalised pixels of every patch, from [CLS] and patch tokens and the text."""
+        return self.out(self.decoder(tokens, text, memory_mask=text_mask)[:, 1:])
+
+
+class Heads(nnx.Module):
+    """The heads that the weights of a loss switch on."""
+
+    def __init__(
+        self, rngs: nnx.Rngs, cfg: config_lib.Model, loss: config_lib.Loss, languages: int
+    ):
+        caption, painted = loss.caption, loss.masked_image
+        self.caption = CaptionHead(rngs, cfg, caption.layers, languages) if caption.weight else None
+        self.masked_image = PatchHead(rngs, cfg, painted.layers) if painted.weight else None

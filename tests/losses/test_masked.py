@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which patches are chosen, what they are compared with, and the loss on them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from m2jax.losses import masked
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.integers(1, 20),
+    st.floats(0.0, 1.0),
+    st.sampled_from(masked.CHOICES),
+    st.integers(0, 99),
+)
+def test_the_share_is_exact_and_the_choice_is_the_named_one(patches, ratio, which, seed):
+    scores = np.random.default_rng(seed).normal(size=(3, patches)).astype(np.float32)
+    found = np.asarray(masked.chosen(jnp.asarray(scores), ratio, which, jax.random.key(seed)))
+    count = max(1, round(ratio * patches))
+    assert found.shape == (3, count)
+    for row, taken in zip(scores, found, strict=True):
+        assert list(taken) == sorted(set(taken.tolist()))
+        order = np.argsort(row)
+        if which == "high":
+            assert set(taken) == set(order[-count:])
+        if which == "low":
+            assert set(taken) == set(order[:count])
+    mask = np.asarray(masked.as_mask(jnp.asarray(found), patches))
+    np.testing.assert_array_equal(mask.sum(1), count)
+    assert all(mask[row, found[row]].all() for row in range(3))
+
+
+def test_random_choices_ignore_the_scores_and_differ_by_key_and_row():
+    low, high = jnp.zeros((64, 16)), jnp.arange(64 * 16.0).reshape(64, 16)
+    a, b = (masked.chosen(x, 0.5, "random", jax.random.key(0)) for x in (low, high))
+    np.testing.assert_array_equal(a, b)
+    other = masked.chosen(low, 0.5, "random", jax.random.key(1))
+    assert (np.asarray(a) != np.asarray(other)).any()
+    counts = np.bincount(np.asarray(a).ravel(), minlength=16)  # 64 rows take half of 16
+    assert counts.min() >= 16
+    assert counts.max() <= 48
+
+
+def test_relevance_is_a_cosine_and_passes_no_gradient():
+    rng = np.random.default_rng(0)
+    patches, text = rng.normal(size=(2, 5, 4)), rng.normal(size=(2, 4))
+    found = masked.relevance(jnp.asarray(patches), jnp.asarray(text))
+    expected = [[p @ t for p in image] for image, t in zip(patches, text, strict=True)]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    grads = jax.grad(lambda *x: masked.relevance(*x).sum(), argnums=(0, 1))(
+        jnp.asarray(patches), jnp.asarray(text)
+    )
+    jax.tree.map(lambda g: np.testing.assert_array_equal(g, 0), grads)
+
+
+def test_targets_are_each_patchs_own_standard_scores_in_row_major_order():
+    pixels = np.random.default_rng(0).random((2, 8, 12, 3))
+    found = np.asarray(masked.patch_targets(jnp.asarray(pixels, jnp.float32), 4))
+    assert found.shape == (2, 6, 48)
+    for place, (row, column) in enumerate([(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]):
+        patch = pixels[1, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4].reshape(-1)
+        expected = (patch - patch.mean()) / np.sqrt(patch.var() + 1e-6)
+        np.testing.assert_allclose(found[1, place], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_flat_patch_is_all_zeros():
+    assert (np.asarray(masked.patch_targets(jnp.full((1, 4, 4, 3), 0.5), 4)) == 0).all()
+
+
+def test_the_loss_is_the_mean_over_masked_patches_alone():
+    rng = np.random.default_rng(0)
+    predicted, target = rng.normal(size=(2, 3, 6, 5))
+    mask = rng.random((3, 6)) < 0.5
+    mask[0] = False
+    expected = ((predicted - target) ** 2).mean(-1)[mask].mean()
+
+    def loss(predicted):
+        return masked.masked_pixel_loss(predicted, jnp.asarray(target), jnp.asarray(mask))
+
+    with jax.enable_x64(True):
+        value, grad = jax.value_and_grad(loss)(jnp.asarray(predicted))
+    np.testing.assert_allclose(value, expected, rtol=1e-12)
+    np.testing.assert_array_equal(np.asarray(grad)[~mask], 0)
+    assert (np.asarray(grad)[mask] != 0).all()
+
+
+def test_an_unknown_choice_is_refused():
+    with pytest.raises(ValueError, match="high, low, random"):
+        masked.chosen(jnp.zeros((1, 4)), 0.5, "best", jax.random.key(0))

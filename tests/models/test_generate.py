@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Searches against exhaustive enumeration on a tiny decoder."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from m2jax import config
+from m2jax.models import generate
+from m2jax.models.generate import Search
+from m2jax.models.heads import CaptionHead
+
+VOCAB, END, LENGTH = 5, 3, 4
+CFG = config.resolve(
+    config.Model(
+        width=16, heads=2, image_size=16, patch_size=8, vocab_size=VOCAB, max_text_len=LENGTH + 1,
+        text_positions=10, out_dim=8, backbone_layers=1, vl_layers=1, dtype="float32",
+    )
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made():
+    head = CaptionHead(nnx.Rngs(1), CFG, 2, 2)
+    rng = np.random.default_rng(0)
+    table = jnp.asarray(rng.normal(size=(8, 16)) / 2, jnp.float32)  # three rows are padding
+    memory = jnp.asarray(rng.normal(size=(3, 5, 16)), jnp.float32)
+    return head, table, memory, jnp.asarray([0, 1, 0])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _chances(graph, state, table, memory, language, words):
+    states = nnx.merge(graph, state)(table[words], language, memory)
+    return jax.nn.log_softmax(states @ table[:VOCAB].T)
+
+
+def log_p(made, row, words):
+    """log p of each word of a text, by the decoder run whole (it looks at no later word)."""
+    head, table, memory, language = made
+    filled = np.zeros((1, LENGTH - 1), np.int32)
+    filled[0, : len(words) - 1] = words[:-1]
+    one = memory[row][None], jnp.asarray([language[row]])
+    chances = _chances(*nnx.split(head), table, *one, filled)[0]
+    return np.asarray(chances)[np.arange(len(words)), list(words)]
+
+
+def texts():
+    """Every text of at most LENGTH words, ended or cut off."""
+    for n in range(1, LENGTH + 1):
+        for words in itertools.product([w for w in range(VOCAB) if w != END], repeat=n - 1):
+            yield (*words, END)
+    yield from itertools.product([w for w in range(VOCAB) if w != END], repeat=LENGTH)
+
+
+def run(made, search, seed=0):
+    head, table, memory, language = made
+    return generate.write(
+        head, table, memory, language,
+        search=search, end=END, vocab_size=VOCAB, rng=jax.random.key(seed),
+    )  # fmt: skip
+
+
+def words_of(ids):
+    """The text as ``texts`` writes it."""
+    ids = list(map(int, ids))
+    return tuple(ids[: ids.index(END) + 1] if END in ids else ids)
+
+
+def test_greedy_takes_the_best_word_each_time(made):
+    found = run(made, Search(length=LENGTH))
+    for row in range(3):
+        words = []
+        while len(words) < LENGTH and (not words or words[-1] != END):
+            best = max(range(VOCAB), key=lambda w, s=tuple(words): log_p(made, row, (*s, w))[-1])
+            words.append(best)
+        assert words_of(found.ids[row]) == tuple(words)
+        np.testing.assert_allclose(
+            found.log_probability[row], log_p(made, row, words).sum(), rtol=1e-5
+        )
+
+
+@pytest.mark.parametrize("penalty", [0.0, 1.0])
+def test_a_wide_beam_finds_the_best_text_of_all(made, penalty):
+    search = Search("beam", length=LENGTH, beams=VOCAB**LENGTH, length_penalty=penalty)
+    found = run(made, search)
+    for row in range(3):
+        scored = {t: log_p(made, row, t).sum() for t in texts()}
+
+        def score(text, scored=scored):
+            # A text that was cut off counts one word more: its end would have to come.
+            words = len(text) + (text[-1] != END)
+            return scored[text] / ((5 + words) / 6) ** penalty
+
+        best = max(scored, key=score)
+        assert words_of(found.ids[row]) == best
+        np.testing.assert_allclose(found.log_probability[row], scored[best], rtol=1e-5)
+
+
+def test_one_beam_is_greedy(made):
+    a, b = run(made, Search(length=LENGTH)), run(made, Search("beam", length=LENGTH, beams=1))
+    np.testing.assert_array_equal(a.ids, b.ids)
+    np.testing.assert_allclose(a.log_probability, b.log_probability, rtol=1e-6)
+
+
+def test_the_nucleus_leaves_out_its_tail_and_samples_the_rest_by_chance(made):
+    head, table, memory, _ = made
+    top_p, drawn = 0.7, 2000
+    same = (head, table, jnp.repeat(memory[:1], drawn, 0), jnp.zeros(drawn, jnp.int32))
+    found = run(same, Search("nucleus", length=1, top_p=top_p))
+    chances = np.exp([log_p(made, 0, (w,))[0] for w in range(VOCAB)])
+    order = np.argsort(-chances)
+    count = int((np.cumsum(chances[order]) - chances[order] < top_p).sum())
+    kept = order[:count]
+    seen = np.bincount(np.asarray(found.ids)[:, 0], minlength=VOCAB) / drawn
+    assert set(np.flatnonzero(seen)) == set(kept)
+    expected = chances[kept] / chances[kept].sum()
+    assert np.abs(seen[kept] - expected).max() < 4 * np.sqrt(0.25 / drawn)
+
+
+def test_a_tiny_nucleus_is_greedy(made):
+    a, b = run(made, Search(length=LENGTH)), run(made, Search("nucleus", LENGTH, top_p=1e-6))
+    np.testing.assert_array_equal(a.ids, b.ids)
+
+
+def test_the_language_and_the_memory_are_read(made):
+    head, table, memory, _ = made
+    found = [
+        np.asarray(run((head, table, m, jnp.full(3, tag)), Search(length=LENGTH)).log_probability)
+        for m, tag in ((memory, 0), (memory, 1), (memory[::-1], 0))
+    ]
+    assert (np.abs(found[0] - found[1]) > 1e-4).all()
+    assert np.abs(found[0] - found[2]).max() > 1e-4
