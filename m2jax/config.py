@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -384,6 +385,21 @@ _CHOICES: Mapping[tuple[type, str], tuple[str, ...]] = types.MappingProxyType(
 )
 
 
+# Least value, and the one that is too much already; numbers outside crash or divide by zero later.
+_RANGES: Mapping[tuple[type, str], tuple[float, float | None]] = types.MappingProxyType(
+    {
+        **{(Train, key): (1, None) for key in ("steps", "log_every", "accumulate")},
+        **{(Data, key): (1, None) for key in ("batch_size", "views")},
+        **{(Optim, key): (0, 1) for key in ("b1", "b2", "ema")},
+        **{(Model, key): (0, 1) for key in ("drop_path", "patch_drop")},
+        **{(Contrastive, key): (1e-6, None) for key in ("scale_init", "scale_max")},
+        (Model, "unroll"): (1, None),
+        (Contrastive, "tile"): (1, None),
+        (Contrastive, "group"): (0, None),
+    }
+)
+
+
 def choices(cls: type, key: str) -> tuple[str, ...]:
     """Values that the field ``key`` of a config dataclass may take; none where any may."""
     return _CHOICES.get((cls, key), ())
@@ -418,8 +434,14 @@ def _value(cls: type, key: str, hint: Any, value: Any, where: str) -> Any:
         return tuple(built)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
+    if kind is float and isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where}={value}: not a finite number: mend the config")
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise UserError(f"{where}={value!r}: not of type {kind.__name__}: mend the config")
+    low, high = _RANGES.get((cls, key), (None, None))
+    if (low is not None and value < low) or (high is not None and value >= high):
+        bound = f"at least {low}" + ("" if high is None else f" and below {high}")
+        raise UserError(f"{where}={value}: must be {bound}: mend the config")
     allowed = choices(cls, key)
     if allowed and value not in allowed:
         raise UserError(f"{where}={value!r}: no such choice: use one of {', '.join(allowed)}")

@@ -97,7 +97,8 @@ def _parse(current: Any, text: str, where: str) -> Any:
         if isinstance(current, str):
             return text
         if isinstance(current, (tuple, list)):
-            return tuple(part for part in text.strip("()").replace("'", "").split(",") if part)
+            parts = (part.strip(" '\"") for part in text.strip(" ()[]").split(","))
+            return tuple(part for part in parts if part)
     except (ValueError, KeyError):
         raise UserError(f"{where}: not of type {wanted}: give a value like {current!r}") from None
     raise UserError(f"{where}: this is a group of keys: name one key inside it")

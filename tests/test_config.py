@@ -77,3 +77,23 @@ def test_every_architecture_resolves_and_keeps_overrides():
 def test_the_default_builds():
     built = build(as_config_dict())
     assert built.model.width == ARCHITECTURES[Experiment().model.name]["width"]
+
+
+@pytest.mark.parametrize("text", ["en,zh", "('en', 'zh')", "['en','zh']", '("en", "zh")'])
+def test_a_tuple_may_be_written_as_python_does(text):
+    assert load_config("emoji", [f"data.languages={text}"]).data.languages == ("en", "zh")
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "train.log_every=0", "train.steps=-5", "data.batch_size=0", "data.views=0",
+        "model.unroll=0",
+        "optim.b1=2", "optim.ema=1", "model.drop_path=2", "model.patch_drop=1",
+        "loss.contrastive.tile=0", "loss.contrastive.group=-1", "loss.contrastive.scale_init=0",
+        "optim.learning_rate=nan",
+    ],
+)  # fmt: skip
+def test_numbers_out_of_range_are_refused_by_name(setting):
+    with pytest.raises(UserError, match=setting.split("=")[0].replace(".", r"\.")):
+        load_config("emoji", [setting])

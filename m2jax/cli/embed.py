@@ -95,12 +95,13 @@ def text_lines(path: Path) -> list[str]:
     from m2jax.config import UserError
 
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        # Not splitlines: captions hold line separators that end no line of a file.
+        lines = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     except OSError as error:
         raise UserError(f"--texts {path}: {error.strerror}: check the path") from None
     except UnicodeDecodeError:
         raise UserError(f"--texts {path}: not UTF-8: save it in that encoding") from None
-    if not lines:
+    if lines == [""]:
         raise UserError(f"--texts {path}: holds no text: write one per line")
     for number, line in enumerate(lines, 1):
         if not line.strip():

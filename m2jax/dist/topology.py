@@ -118,7 +118,7 @@ def describe(name: str) -> Topology:
         UserError: an unknown name, a shape that does not exist, or a compiler that is missing.
     """
     match = _NAME.fullmatch(name)
-    if not match or match[2] not in CHIPS:
+    if not match or match[2] not in CHIPS or match[1] == "0":
         raise UserError(f"--topology {name}: no such machine: use one of {KNOWN}")
     chip, slices = CHIPS[match[2]], int(match[1] or 1)
     shape = [int(size) for size in match[3].split("x")]

@@ -49,7 +49,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the compiler found room for the step."""
+        """Whether the step fits: the heap's gaps count, which libtpu's own check leaves out."""
         return self.times is not None and self.memory.total <= self.topology.chip.memory
 
     @property

@@ -77,6 +77,8 @@ def _run(experiment: Experiment, directory: Path, origin: Origin | None) -> int:
             loader.set_state(restored.data)
         goodput.start(start)
         writer, progress = reporters(directory, experiment, start)
+        if restored is not None:
+            progress.note(f"goes on from step {start}, saved in {directory}")
         loop = Loop(
             *(experiment, step, loader, checkpoints, writer, progress, preemption, watchdog),
             meter=make_meter(experiment, mesh, model, loader, goodput, directory),

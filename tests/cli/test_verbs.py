@@ -74,13 +74,14 @@ def test_train_hands_over_the_edited_experiment(install: Install, tmp_path: Path
     calls: list[tuple[config.Experiment, Path]] = []
     split: list[config.Experiment] = []
 
-    def run(experiment: config.Experiment, workdir: Path) -> None:
+    def run(experiment: config.Experiment, workdir: Path) -> int:
         assert split == [experiment]  # before anything touches a device
         calls.append((experiment, workdir))
+        return 42
 
     install("m2jax.train.main", run=run, use_cpu_devices=split.append)
     words = ["train", "--config", "emoji", "--workdir", str(tmp_path), "--config.train.steps=7"]
-    assert main([*words, "--config.optim.b2", "0.5"]) == 0
+    assert main([*words, "--config.optim.b2", "0.5"]) == 42  # the exit code is the run's
     [(experiment, workdir)] = calls
     assert (experiment.train.steps, experiment.optim.b2, workdir) == (7, 0.5, tmp_path)
 
@@ -143,7 +144,8 @@ def test_data_build(flag: list[str], install: Install, capsys: pytest.CaptureFix
 
 def test_embed_texts_in_batches_of_one_shape(bundle: FakeBundle, tmp_path: Path) -> None:
     source, out = tmp_path / "t.txt", tmp_path / "t.npz"
-    source.write_text("a\n猫猫\nccc\ndddd\neeeee\n", encoding="utf-8")
+    # A separator that ends no line, as captions from the web hold.
+    source.write_text("a\n猫猫\nccc\nd\u2028dd\neeeee\n", encoding="utf-8")
     words = ["embed", "--model", "m", "--texts", str(source), "--out", str(out)]
     assert main([*words, "--batch-size", "2"]) == 0
     with np.load(out) as written:

@@ -37,7 +37,7 @@ def test_devices_of_a_slice_make_a_mesh(name: str, chips: int, slices: int) -> N
         assert len({getattr(d, "slice_index", 0) for d in replica.flat}) == 1
 
 
-@pytest.mark.parametrize("name", ["", "v5p", "v5p:", "v5p:4x", "V5P:2x2x1", "v5p:2x2x1 ", "0x1"])
+@pytest.mark.parametrize("name", ["", "v5p", "v5p:", "v5p:4x", "V5P:2x2x1", "v5p:2x2x1 ", "0x1", "0*v5e:2x2"])
 def test_other_names_are_refused_with_the_known_ones(name: str) -> None:
     with pytest.raises(UserError, match="no such machine.*v5p:2x2x1.*h100:32x8") as caught:
         describe(name)

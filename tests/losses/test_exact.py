@@ -136,3 +136,14 @@ def test_memory_of_logits_does_not_grow_with_the_batch():
     features_per_device = (4096 - 1024) // 8 * 16 * 4
     assert large - small < 12 * features_per_device
     assert temporaries("local", 4096) > 4 * large
+
+
+@pytest.mark.parametrize("impl", ["ring", "local"])
+@pytest.mark.parametrize("kind", [np.int8, np.uint8, np.uint32])
+def test_ids_of_any_narrow_type_mean_what_they_say(impl, kind):
+    """Clamped before they were widened, unsigned ids all became one caption."""
+    ids = (np.random.default_rng(0).integers(0, 9, 16) + np.iinfo(kind).max - 8).astype(kind)
+    with jax.enable_x64(True):
+        image, text = features(3, 16)
+        found = reduce(8, image, text, 20.0, ids=ids, impl=impl, tile=2)
+        assert_equal(found, dense(image, text, 20.0, ids=ids), 20.0, "float64")

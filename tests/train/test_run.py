@@ -106,6 +106,33 @@ def test_a_poisoned_step_changes_nothing_and_many_rewind_then_stop(tmp_path, mon
     assert all(np.isnan(row["loss"]) for row in read_rows(tmp_path / "metrics.jsonl"))
 
 
+def test_a_skipped_step_keeps_every_parameter_and_moment_and_the_next_one_goes_on(monkeypatch):
+    cfg = toy.experiment(monkeypatch)
+    real = ImageTextTask.loss
+
+    def loss(self, params, batch, rng):
+        value, metrics = real(self, params, batch, rng)
+        return jnp.where(batch["concept"][0] < 0, jnp.nan, value), metrics
+
+    monkeypatch.setattr(ImageTextTask, "loss", loss)
+    mesh = make_mesh(config.Mesh(), jax.devices()[:1])
+    step = make_step(cfg, ImageTextTask(cfg, mesh), mesh)
+    good = toy.ToySource(cfg).batch(0, slice(None))
+    bad = {**good, "concept": np.full(16, -1, np.int32)}
+
+    state, _ = step.run(step.init(), good)
+    before = jax.tree.map(np.array, state)
+    state, metrics = step.run(state, bad)
+    after = jax.tree.map(np.array, state)
+    assert (int(metrics["skipped"]), int(after.step)) == (1, 2)
+    for part in ("params", "opt_state", "norm_mean"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(after, part), getattr(before, part))
+    state, metrics = step.run(state, good)
+    assert int(metrics["skipped"]) == 0
+    moved = jax.tree.map(lambda a, b: bool((np.asarray(a) != b).any()), state.params, after.params)
+    assert any(jax.tree.leaves(moved))
+
+
 def test_rows_past_the_restored_step_and_torn_lines_are_dropped(tmp_path, monkeypatch):
     cfg = toy.experiment(monkeypatch)
     main.run(dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, steps=3)), tmp_path)
