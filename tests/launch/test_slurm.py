@@ -60,7 +60,7 @@ class Run:
         return [(row["step"], row["loss"], row["grad_norm"]) for row in self.rows]
 
     def wait_for(self, step: int) -> None:
-        slurm.until(lambda: self.rows and self.rows[-1]["step"] >= step, 120)
+        slurm.until(lambda: self.rows and self.rows[-1]["step"] >= step, 240)
 
 
 @pytest.fixture
