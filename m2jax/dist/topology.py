@@ -98,6 +98,8 @@ KNOWN = (
     "v6e:2x2 ... v6e:16x16, N*TPU for N slices (2*v5p:4x4x8), h100:8, h100:32x8, h200:8, h200:32x8 "
     "(hosts x GPUs)"
 )
+# Two cores of a v4 chip work as one device; libtpu describes them apart unless told.
+MEGACORE: Mapping[str, dict[str, str]] = {"v4": {"chip_config_name": "megacore"}}
 _NAME = re.compile(r"(?:(\d+)\*)?([a-z0-9]+):(\d+(?:x\d+)*)")
 
 
@@ -155,7 +157,10 @@ def _tpu(name: str, chip: Chip, shape: str, slices: int) -> tuple[Any, ...]:
     try:
         with no_tpu():
             found = topologies.get_topology_desc(
-                platform="tpu", topology_name=f"{chip.kind}:{shape}", num_slices=slices
+                platform="tpu",
+                topology_name=f"{chip.kind}:{shape}",
+                num_slices=slices,
+                **MEGACORE.get(chip.kind, {}),
             )
         return tuple(found.devices)
     except (RuntimeError, ValueError) as error:

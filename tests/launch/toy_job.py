@@ -19,7 +19,7 @@ from m2jax.data.text import SentencePieceTokenizer, train_tokenizer
 class Rows:
     """Noise, the same for the same index in every process and every attempt."""
 
-    def __init__(self, experiment):
+    def __init__(self, experiment, assets=None):
         self.cfg = experiment
         tokenizer = SentencePieceTokenizer(train_tokenizer([f"word{i}" for i in range(40)], 60), 6)
         self.assets = {

@@ -82,7 +82,7 @@ def strike(step: int, *, saving: bool) -> None:
 class Rows:
     """Batches whose every row is made from its sample id, ``index * batch_size + row``."""
 
-    def __init__(self, experiment):
+    def __init__(self, experiment, assets=None):
         self.cfg = experiment
         words = [f"word{i}" for i in range(40)]
         tokenizer = SentencePieceTokenizer(train_tokenizer(words, 60), 6)
@@ -135,8 +135,8 @@ def install(workdir: Path) -> None:
     make_loader, restore, save = train_main.make_loader, Checkpoints.restore, Checkpoints.save
     made = []
 
-    def make(experiment, mesh):
-        made.append(RecordingLoader(make_loader(experiment, mesh), workdir))
+    def make(experiment, mesh, assets=None):
+        made.append(RecordingLoader(make_loader(experiment, mesh, assets), workdir))
         return made[-1]
 
     def restored(self, *args, **kwargs):
