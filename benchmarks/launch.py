@@ -4,11 +4,10 @@
     python -m benchmarks.launch [--config configs/emoji.py] [--nodes 2] [--tasks-per-node 1]
 
 Starts a Slurm of several nodes on this machine (Debian's packages, root; see tests/launch/slurm.py)
-and prints one row of benchmarks/launch.md. The processes share this machine's cores.
+and prints one line. The processes share this machine's cores; run it with nothing else on them.
 """
 
 import argparse
-import json
 import os
 import re
 import subprocess
@@ -62,14 +61,12 @@ def measure(cluster: slurm.Cluster, folder: Path, args: argparse.Namespace) -> d
     slurm.until(lambda: rows.exists() and rows.read_text().count("\n") >= 1, 300)
     first = time.time()
     cluster.wait(job, "COMPLETED", "FAILED", seconds=200)
-    steps = [json.loads(line) for line in rows.read_text().splitlines()]
     return {
         "check and submit": submitted - begun,
         "queue": running - submitted,
         "start and join": joined - running,
         "data, compile, first step": first - joined,
         "together": first - begun,
-        "a later step": steps[-1]["seconds"] - steps[-2]["seconds"],
     }
 
 

@@ -60,7 +60,10 @@ class Run:
         return [(row["step"], row["loss"], row["grad_norm"]) for row in self.rows]
 
     def wait_for(self, step: int) -> None:
-        slurm.until(lambda: self.rows and self.rows[-1]["step"] >= step, 240)
+        try:
+            slurm.until(lambda: self.rows and self.rows[-1]["step"] >= step, 240)
+        except TimeoutError:
+            pytest.fail(f"no step {step} after 240 s:\n{self.log}")
 
 
 @pytest.fixture
