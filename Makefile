@@ -55,7 +55,7 @@ test-launch: $(READY) .venv-xpk/ready .venv-sky/ready
 	$(BIN)/python -m pytest -n 0 tests/launch/test_tools.py
 
 soak: $(READY)
-	$(BIN)/python -m pytest -n 0 -m soak
+	$(BIN)/python -m pytest -n 0 -m 'soak or slurm'
 	$(BIN)/python -m tests.multiprocess.soak
 
 lint: $(READY)
