@@ -22,7 +22,7 @@ help:
 	@echo 'make test       lint, types, import rules, tests'
 	@echo 'make test-torch the tests against PyTorch, transformers and open_clip (a .venv-torch of 2 GB)'
 	@echo 'make test-launch job files against xpk and SkyPilot themselves (two environments of 0.8 GB)'
-	@echo 'make soak       kills, full disks and lost devices in real processes (about 20 minutes)'
+	@echo 'make soak       kills, full disks and lost devices in real processes, Slurm (long; not yet seen whole)'
 	@echo 'make lint       the first three alone'
 	@echo 'make notebooks  run the notebooks'
 	@echo 'make lock       resolve requirements/*.txt anew (needs uv)'
