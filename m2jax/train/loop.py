@@ -89,6 +89,8 @@ class Loop:
 
     def save(self, step: int, state: TrainState, metrics: Metrics) -> None:
         """Starts a checkpoint; reads the step's metrics only where they choose the best one."""
+        jax.block_until_ready(metrics)  # a save waits for the step; that time is not its own
+        self.meter.goodput.book("step")
         best = self.experiment.checkpoint.best
         chosen_by = {name: float(value) for name, value in metrics.items()} if best else None
         self.checkpoints.save(step, state, self.loader.get_state(), metrics=chosen_by)
