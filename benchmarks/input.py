@@ -96,9 +96,9 @@ def theirs(files, args, tokenizer):
         tokens = tokenizer([caption.decode() for caption in captions])
         return {"image": np.stack(images), "text": tokens.ids, "text_mask": tokens.mask}
 
-    data = webdataset.WebDataset([str(f) for f in files], shardshuffle=len(files), repeat=True)
+    data = webdataset.WebDataset([str(f) for f in files], shardshuffle=len(files))
     rows = data.shuffle(1000, initial=1000).to_tuple("jpg", "txt").map_tuple(decode, lambda x: x)
-    return iter(rows.batched(args.batch, collation_fn=stack, partial=False))
+    return iter(rows.batched(args.batch, collation_fn=stack, partial=False).repeat())
 
 
 def rate(batches, seconds, batch):

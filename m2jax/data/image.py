@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import IO, Any, Literal, get_args, get_type_hints
 
 import numpy as np
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float32
 from PIL import Image
 
 from m2jax.config import UserError
@@ -50,14 +50,12 @@ class Preprocess:
         """Pixels in [0, 1]; the first frame of an animation, 16-bit scaled down by PIL."""
         batch = np.empty((len(images), self.size, self.size, 3), np.float32)
         for row, image in enumerate(images):
-            batch[row] = self.square(image).astype(np.float32) / 255
+            batch[row] = np.asarray(self.square(image), np.float32) / 255
         return batch
 
-    def square(self, image: Image.Image) -> UInt8[np.ndarray, "size size 3"]:
-        """One image before it is scaled to [0, 1]."""
-        return np.asarray(self._square(self._rgb(image)))
-
-    def _square(self, rgb: Image.Image) -> Image.Image:
+    def square(self, image: Image.Image) -> Image.Image:
+        """One image as the RGB square whose values [0, 255] ``__call__`` scales to [0, 1]."""
+        rgb = self._rgb(image)
         resample = Image.Resampling[self.resample.upper()]
         if not self.shortest:
             return rgb.resize((self.size, self.size), resample)
@@ -80,7 +78,7 @@ class Preprocess:
 
     def _rgb(self, image: Image.Image) -> Image.Image:
         if self.background == "drop" or not image.has_transparency_data:
-            return image.convert("RGB")
+            return image if image.mode == "RGB" else image.convert("RGB")  # which would copy
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")
         return Image.alpha_composite(white, rgba).convert("RGB")
@@ -142,6 +140,6 @@ def open_image(
                 if at_least:
                     image.draft("RGB", (at_least, at_least))
                 image.load()
-                return image.copy()
+                return image
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{where}: unreadable image ({error}): replace or leave it out") from error

@@ -7,17 +7,16 @@ run that goes on with other processes or workers sees what it would have seen.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from grain import experimental
 from jaxtyping import Int
 
 from m2jax.config import UserError
 
 PERIOD = 1000  # places after which the sequence of sources repeats
+KEPT = 2  # permutations in memory per source: 8 bytes a row each
 
 
 class Places(NamedTuple):
@@ -50,27 +49,30 @@ class Order:
         for part, count in enumerate(self.counts):
             ranks[self._pattern == part] = np.arange(count)
         self._rank = ranks
+        self._kept: list[dict[int, np.ndarray]] = [{} for _ in sizes]
 
     def at(self, places: Int[np.ndarray, " n"]) -> Places:
         """The rows at these places."""
         period, offset = np.divmod(np.asarray(places, np.int64), PERIOD)
         part = self._pattern[offset]
         nth = period * np.asarray(self.counts)[part] + self._rank[offset]
-        rows = [self.row(int(k), int(n)) for k, n in zip(part, nth, strict=True)]
-        return Places(part, np.asarray(rows, np.int64))
+        epoch, place = np.divmod(nth, np.asarray(self._sizes)[part])
+        rows = np.empty_like(place)
+        for one in {(int(p), int(e)) for p, e in zip(part, epoch, strict=True)}:
+            here = (part == one[0]) & (epoch == one[1])
+            rows[here] = self._permutation(*one)[place[here]]
+        return Places(part, rows)
 
-    def row(self, part: int, nth: int) -> int:
-        """The row of a source that comes ``nth`` in its own order, whole epochs one by one."""
-        size = self._sizes[part]
-        epoch, place = divmod(nth, size)
-        key = _epoch_key(self._seed, part, epoch)
-        return experimental.index_shuffle(place, max_index=size - 1, seed=key, rounds=4)
-
-
-@functools.lru_cache(maxsize=1024)
-def _epoch_key(seed: int, part: int, epoch: int) -> int:
-    """The seed of one permutation, independent of all others."""
-    return int(np.random.SeedSequence((seed, part, epoch)).generate_state(1)[0])
+    def _permutation(self, part: int, epoch: int) -> np.ndarray:
+        """The order of a source in one epoch. The last ones made are kept."""
+        kept = self._kept[part]
+        order = kept.get(epoch)
+        if order is None:
+            rng = np.random.default_rng((self._seed, part, epoch))
+            order = rng.permutation(self._sizes[part])
+            # A new dict, so that threads that look at the old one find it whole.
+            self._kept[part] = dict([*kept.items(), (epoch, order)][-KEPT:])
+        return order
 
 
 def _shares(weights: Sequence[float]) -> tuple[int, ...]:

@@ -48,7 +48,7 @@ class Chosen(NamedTuple):
     """A row that could be read."""
 
     row: int
-    image: np.ndarray  # uint8 [size, size, 3]
+    image: Image.Image  # RGBA square: as a batch holds it
     texts: tuple[str, ...]  # one per language of the run
     skipped: int  # unreadable rows before it
 
@@ -113,12 +113,13 @@ class PairBatches:
             for place, part, row in zip(places, found.part, found.row, strict=True)
         ]
         n, side, languages = len(chosen), self._preprocess.size, len(self._cfg.languages)
-        image = np.full((n, 1, side, side, 4), 255, np.uint8)
-        image[:, 0, :, :, :3] = [one.image for one in chosen]
+        image = np.empty((n, self._cfg.views, side, side, 4), np.uint8)
+        for row, one in enumerate(chosen):
+            image[row] = np.asarray(one.image)
         tokens = self._tokenizer([text for one in chosen for text in one.texts])
         numbers = [self._first[p] + one.row for p, one in zip(found.part, chosen, strict=True)]
         return {
-            "image": np.repeat(image, self._cfg.views, axis=1),
+            "image": image,
             "text": tokens.ids.reshape(n, languages, -1),
             "text_mask": tokens.mask.reshape(n, languages, -1),
             "concept": np.asarray(numbers, np.int32),
@@ -141,7 +142,8 @@ class PairBatches:
             try:
                 pair = source.read(number)
                 texts = self._texts(pair.texts, place, f"row {number} of {self.parts[part]}")
-                return Chosen(number, self._preprocess.square(pair.image), texts, skipped)
+                square = self._preprocess.square(pair.image).convert("RGBA")
+                return Chosen(number, square, texts, skipped)
             except UserError:
                 if self._cfg.unreadable == "error":
                     raise
