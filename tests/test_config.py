@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
+import dataclasses
+
 import pytest
 
+from m2jax import config, config_values
 from m2jax.config import (
     ARCHITECTURES,
     Experiment,
@@ -97,3 +100,8 @@ def test_a_tuple_may_be_written_as_python_does(text):
 def test_numbers_out_of_range_are_refused_by_name(setting):
     with pytest.raises(UserError, match=setting.split("=")[0].replace(".", r"\.")):
         load_config("emoji", [setting])
+
+
+def test_every_limit_is_of_a_setting_there_is():
+    for name, key in {**config_values._CHOICES, **config_values._RANGES}:
+        assert key in {field.name for field in dataclasses.fields(getattr(config, name))}

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from m2jax.config import Data, Experiment, UserError
 from m2jax.data.source import PART, SKIPPED, HostBatch, Rows, Source
-from m2jax.dist.sharding import BATCH_AXES, batch_sharding
+from m2jax.dist.sharding import batch_sharding, batch_shards
 
 Assets = Mapping[str, Any]  # tokenizer and preprocessing, as checkpoints keep them
 
@@ -160,7 +160,7 @@ def make_loader(experiment: Experiment, mesh: Mesh, assets: Assets | None = None
     cfg = experiment.data
     if cfg.name not in SOURCES:
         raise UserError(f"data.name={cfg.name!r}: no such data set: use one of {sorted(SOURCES)}")
-    devices = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+    devices = batch_shards(mesh.shape)
     for count, what in ((devices, "devices"), (jax.process_count(), "processes")):
         if cfg.batch_size % count:
             raise UserError(
@@ -191,7 +191,7 @@ def _refuse_shared_rows(mesh: Mesh, batch_size: int) -> None:
     for device, (rows,) in places.items():
         rows_of.setdefault(device.process_index, set()).update(range(*rows.indices(batch_size)))
     if any(len(rows) * len(rows_of) != batch_size for rows in rows_of.values()):
-        shards = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+        shards = batch_shards(mesh.shape)
         raise UserError(
             f"mesh: {shards} shards of the batch do not lie whole in {len(rows_of)} processes: "
             "make mesh.replica x data x fsdp a multiple of the processes, and mesh.model a "

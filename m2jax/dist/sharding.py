@@ -11,7 +11,8 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -79,6 +80,14 @@ class AxisRules:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows over every batch axis, all else whole: how input batches lie."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def batch_shards(sizes: Mapping[str, int]) -> int:
+    """In how many parts the rows of a batch lie, from the sizes of the mesh's axes.
+
+    An axis that is not there counts as 1.
+    """
+    return math.prod(sizes.get(axis, 1) for axis in BATCH_AXES)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -110,7 +110,6 @@ class Topology(NamedTuple):
     chip: Chip
     devices: tuple[Any, ...]  # jax devices that can be compiled for, never run on
     slices: int  # joined by the data-center network
-    host_devices: int  # of one host
 
 
 def describe(name: str) -> Topology:
@@ -125,11 +124,11 @@ def describe(name: str) -> Topology:
     chip, slices = CHIPS[match[2]], int(match[1] or 1)
     shape = [int(size) for size in match[3].split("x")]
     if chip.platform == "tpu":
-        return Topology(name, chip, _tpu(name, chip, match[3], slices), slices, 4)
+        return Topology(name, chip, _tpu(name, chip, match[3], slices), slices)
     if match[1] or len(shape) > 2 or min(shape) < 1:
         raise UserError(f"--topology {name}: GPUs come as {chip.kind}:HOSTSxGPUS: write h100:32x8")
     hosts, each = (1, *shape)[-2:]
-    return Topology(name, chip, _gpu(name, chip, hosts, each), 1, each)
+    return Topology(name, chip, _gpu(name, chip, hosts, each), 1)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,6 @@ the price one more forward pass.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from m2jax.dist.sharding import BATCH_AXES
+from m2jax.dist.sharding import BATCH_AXES, batch_shards
 
 Tree = Any
 
@@ -117,8 +116,7 @@ def merge(tree: Tree, mesh: Mesh | None = None) -> Tree:
 
 def _devices(mesh: Mesh | None) -> int:
     """How many parts the rows of a batch lie in."""
-    sizes = mesh.shape if mesh is not None else {}
-    return math.prod(sizes.get(axis, 1) for axis in BATCH_AXES)
+    return 1 if mesh is None else batch_shards(mesh.shape)
 
 
 def _place(x: jax.Array, mesh: Mesh | None, axis: int) -> jax.Array:

@@ -7,6 +7,7 @@ Causal it writes text about an image (IC); not causal it paints masked patches f
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -42,16 +43,7 @@ class Block(nnx.Module):
         d, f, dtype, stack = cfg.width, 4 * cfg.width, jnp.dtype(cfg.param_dtype), (depth,)
         self.head_dim = cfg.width // cfg.heads
 
-        def linear(shape: tuple[int, int], axes: tuple[str, str], gain: float) -> layers.Linear:
-            return layers.Linear(
-                rngs,
-                shape,
-                axes,
-                init=layers.normal(gain * shape[0] ** -0.5),
-                bias_init=layers.constant(0.0),
-                stack=stack,
-                dtype=dtype,
-            )
+        linear = functools.partial(layers.Linear.scaled, rngs, stack=stack, dtype=dtype)
 
         def norm() -> layers.LayerNorm:
             return layers.LayerNorm(rngs, d, stack=stack, dtype=dtype)

@@ -68,6 +68,21 @@ class Linear(nnx.Module):
             param(rngs, bias_init, stack + shape[1:], axes[1:], dtype) if bias_init else None
         )
 
+    @classmethod
+    def scaled(
+        cls,
+        rngs: nnx.Rngs,
+        shape: tuple[int, int],
+        axes: tuple[str | None, str | None],
+        gain: float,
+        *,
+        stack: Stack,
+        dtype: jnp.dtype,
+    ) -> Linear:
+        """Starts at ``gain`` times what keeps the variance of its input, with a bias of 0."""
+        init = normal(gain * shape[0] ** -0.5)
+        return cls(rngs, shape, axes, init=init, bias_init=constant(0.0), stack=stack, dtype=dtype)
+
     def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
         """Applies the map to the last axis."""
         y = x @ self.kernel[...].astype(x.dtype)

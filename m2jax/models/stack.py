@@ -31,16 +31,7 @@ class Block(nnx.Module):
         self.heads, self.post_norm, self.activation = cfg.heads, post_norm, cfg.activation
         self.attention = attention
 
-        def linear(shape: tuple[int, int], axes: tuple[str, str], gain: float) -> layers.Linear:
-            return layers.Linear(
-                rngs,
-                shape,
-                axes,
-                init=layers.normal(gain * shape[0] ** -0.5),
-                bias_init=layers.constant(0.0),
-                stack=stack,
-                dtype=dtype,
-            )
+        linear = functools.partial(layers.Linear.scaled, rngs, stack=stack, dtype=dtype)
 
         def norm() -> layers.LayerNorm:
             return layers.LayerNorm(rngs, d, eps=cfg.eps, stack=stack, dtype=dtype)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 import types
@@ -14,7 +15,7 @@ from jax.sharding import Mesh
 
 from m2jax.config import Experiment, UserError
 from m2jax.dist.mesh import make_mesh
-from m2jax.dist.sharding import BATCH_AXES
+from m2jax.dist.sharding import batch_shards
 from m2jax.dist.topology import Topology, uncached
 from m2jax.plan import flops
 from m2jax.train.main import assemble, batch_shapes, model_flops
@@ -59,9 +60,7 @@ def lay_out(experiment: Experiment, topology: Topology) -> tuple[Mesh, Task, Ste
         mesh = make_mesh(experiment.mesh, topology.devices)
     except UserError as error:
         raise UserError(f"--topology {topology.name}: {error}") from None
-    rows = 1
-    for axis in BATCH_AXES:
-        rows *= mesh.shape[axis]
+    rows = batch_shards(mesh.shape)
     if experiment.data.batch_size % rows:
         raise UserError(
             f"data.batch_size={experiment.data.batch_size}: does not divide over {rows} devices of "
@@ -111,15 +110,8 @@ def _bytes(tree: Any) -> int:
     total = 0
     for leaf in jax.tree.leaves(tree):
         shape = leaf.sharding.shard_shape(leaf.shape)
-        total += leaf.dtype.itemsize * _product(shape)
+        total += leaf.dtype.itemsize * math.prod(shape)
     return total
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    size = 1
-    for length in shape:
-        size *= length
-    return size
 
 
 def _memory(analysis: Any, parts: dict[str, int]) -> Memory:

@@ -7,7 +7,7 @@ import dataclasses
 from typing import Any, NamedTuple
 
 from m2jax.config import Experiment, UserError
-from m2jax.dist.sharding import BATCH_AXES
+from m2jax.dist.sharding import batch_shards
 from m2jax.dist.topology import Topology, describe
 from m2jax.plan import collectives as collectives_lib
 from m2jax.plan import contrast, flops, hlo, loops, schedule, traffic
@@ -173,9 +173,7 @@ def largest_batch(experiment: Experiment, topology: str, *, compiles: int = 6) -
     machine = describe(topology)
     first = plan(experiment, machine)
     tried = [first]
-    rows = 1
-    for axis in BATCH_AXES:
-        rows *= first.mesh[axis]
+    rows = batch_shards(first.mesh)
     unit = 8 if first.batch_size // rows >= 8 else 1
     low, high = 0, 0  # in units per device: fits, does not fit (0: not known)
     state = first.memory.parameters + first.memory.optimizer

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -13,7 +12,7 @@ import optax
 from jax.sharding import Mesh
 
 from m2jax.config import Experiment, Guard, UserError
-from m2jax.dist.sharding import BATCH_AXES, AxisRules, batch_sharding, replicated, use_rules
+from m2jax.dist.sharding import AxisRules, batch_sharding, batch_shards, replicated, use_rules
 from m2jax.losses import accumulation
 from m2jax.models import params as params_lib
 from m2jax.optim import Optimizer, make_optimizer, state_shardings
@@ -102,7 +101,7 @@ def make_gradient(experiment: Experiment, task: Task, mesh: Mesh) -> Gradient:
             f"train.accumulate={train.accumulate}: {type(task).__name__} has no encode and "
             "contrast: set it to 1"
         )
-    devices = math.prod(mesh.shape.get(axis, 1) for axis in BATCH_AXES)
+    devices = batch_shards(mesh.shape)
     if train.accumulate < 1 or size % (train.accumulate * devices):
         raise UserError(
             f"train.accumulate={train.accumulate}: data.batch_size={size} does not divide into "

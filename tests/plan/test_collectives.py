@@ -22,7 +22,7 @@ def mesh() -> jax.sharding.Mesh:
 
 
 def machine() -> Topology:
-    return Topology("toy", CHIPS["h100"], tuple(mesh().devices.flat), 1, 8)
+    return Topology("toy", CHIPS["h100"], tuple(mesh().devices.flat), 1)
 
 
 def compiled(function, axes, shape=(64, 32), *, out=None):
@@ -147,7 +147,7 @@ class Chip:
 )
 def test_rates_follow_the_links_a_group_spans(group, slices, rate) -> None:
     devices = tuple(Chip(i, slices) for i in range(16))
-    topology = Topology("toy", CHIPS["v5p"], devices, slices, 4)
+    topology = Topology("toy", CHIPS["v5p"], devices, slices)
     places = lib._Places(topology, dict(zip(AXES, (1, 1, 16, 1), strict=True)))
     assert places.rate((group,), "all-gather") == rate
     assert places.rate((group[:2],), "collective-permute") == (100e9 if slices == 1 else rate)

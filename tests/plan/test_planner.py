@@ -158,7 +158,7 @@ def plans(fitting: int):
         memory = compile_lib.Memory(1, 2, rows, 3 + rows)
         times = planner.Times(1.0, 1.0, 0.0, 0.5, 0.0) if rows <= fitting else None
         chip = dataclasses.replace(CHIPS["v5e"], memory=1e15)
-        topology = planner.Topology("toy", chip, tuple(range(8)), 1, 8)
+        topology = planner.Topology("toy", chip, tuple(range(8)), 1)
         return planner.Plan(
             topology=topology, mesh={"replica": 1, "data": 8, "fsdp": 1, "model": 1},
             batch_size=rows, memory=memory, compile_seconds=0.0, times=times,
@@ -172,7 +172,7 @@ def test_the_largest_batch(monkeypatch, fitting: int) -> None:
     monkeypatch.setattr(planner, "plan", plans(fitting))
     small_memory = dataclasses.replace(CHIPS["v5e"], memory=float(fitting))
     monkeypatch.setattr(
-        planner, "describe", lambda name: planner.Topology(name, small_memory, (), 1, 8)
+        planner, "describe", lambda name: planner.Topology(name, small_memory, (), 1)
     )
     experiment = config.Experiment(data=config.Data(batch_size=64))
     tried = planner.largest_batch(experiment, "toy", compiles=20)

@@ -136,4 +136,4 @@ def test_machines_have_links_and_sources() -> None:
             assert chip.peak_flops / chip.clock == pytest.approx(
                 {"v4": 8, "v5e": 4, "v5p": 8}[kind] * 2 * 128**2, rel=0.01
             )
-    assert Topology("x", CHIPS["v4"], (), 1, 4).chip.platform == "tpu"
+    assert Topology("x", CHIPS["v4"], (), 1).chip.platform == "tpu"

@@ -24,7 +24,7 @@ def test_train_and_plan_run_the_same_function(monkeypatch, tmp_path: Path) -> No
     monkeypatch.setattr(train_main, "assemble", spy)
     monkeypatch.setattr(compile_lib, "assemble", spy)
     train_main.run(experiment, tmp_path)
-    machine = Topology("here", CHIPS["v5e"], tuple(jax.devices()[:2]), 1, 2)
+    machine = Topology("here", CHIPS["v5e"], tuple(jax.devices()[:2]), 1)
     mesh, task, step = compile_lib.lay_out(experiment, machine)
     (trained, planned) = (one[1].run for one in seen)
     assert planned is step.run

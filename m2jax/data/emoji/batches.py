@@ -70,19 +70,9 @@ class EmojiBatches:
             experiment: the run.
             assets: of the model that the run starts from: its tokenizer is kept.
         """
-        model, cfg = experiment.model, experiment.data
-        data = load(default_directory(cfg.dir))
-        seed = experiment.train.seed
-        if assets is not None:
-            tokenizer = tokenizer_from_dict(assets["tokenizer"])
-            return cls(data, cfg, tokenizer, size=model.image_size, seed=seed)
-        tokenizer = SentencePieceTokenizer(data.tokenizer_model, model.max_text_len)
-        if tokenizer.vocab_size > model.vocab_size:
-            raise UserError(
-                f"model.vocab_size={model.vocab_size}: the emoji tokenizer has "
-                f"{tokenizer.vocab_size} pieces: raise it"
-            )
-        return cls(data, cfg, tokenizer, size=model.image_size, seed=seed)
+        data, tokenizer = opened(experiment, assets)
+        size, seed = experiment.model.image_size, experiment.train.seed
+        return cls(data, experiment.data, tokenizer, size=size, seed=seed)
 
     def batch(self, index: int, rows: slice) -> dict[str, np.ndarray]:
         """Rows of batch ``index``.
@@ -112,6 +102,25 @@ class EmojiBatches:
         epoch, place = divmod(index, per_epoch)
         order = np.random.default_rng((self._seed, 0, epoch)).permutation(len(self._concepts))
         return order[place * self._cfg.batch_size :][: self._cfg.batch_size]
+
+
+def opened(experiment: Experiment, assets: Mapping[str, Any] | None) -> tuple[EmojiData, Tokenizer]:
+    """The data set of an experiment, built if it is not there, and the tokenizer of its run.
+
+    Raises:
+        UserError: the set's own tokenizer has more pieces than the model.
+    """
+    model = experiment.model
+    data = load(default_directory(experiment.data.dir))
+    if assets is not None:
+        return data, tokenizer_from_dict(assets["tokenizer"])
+    tokenizer = SentencePieceTokenizer(data.tokenizer_model, model.max_text_len)
+    if tokenizer.vocab_size > model.vocab_size:
+        raise UserError(
+            f"model.vocab_size={model.vocab_size}: the emoji tokenizer has "
+            f"{tokenizer.vocab_size} pieces: raise it"
+        )
+    return data, tokenizer
 
 
 class TextTable:

@@ -16,10 +16,10 @@ from jaxtyping import Int32, UInt8
 from PIL import Image
 
 from m2jax.config import Data, Experiment, UserError
-from m2jax.data.emoji.batches import shrink
-from m2jax.data.emoji.dataset import Drawings, EmojiData, default_directory, load
+from m2jax.data.emoji.batches import opened, shrink
+from m2jax.data.emoji.dataset import Drawings, EmojiData
 from m2jax.data.image import Preprocess
-from m2jax.data.text import SentencePieceTokenizer, Tokenizer, tokenizer_from_dict
+from m2jax.data.text import Tokenizer
 
 GRID = 64  # pixels of a scene before it is scaled to the model's size
 
@@ -167,12 +167,8 @@ class SceneBatches:
             experiment: the run.
             assets: of the model that the run starts from: its tokenizer is kept.
         """
-        data = load(default_directory(experiment.data.dir))
-        seed, size = experiment.train.seed, experiment.model.image_size
-        if assets is not None:
-            tokenizer = tokenizer_from_dict(assets["tokenizer"])
-        else:
-            tokenizer = SentencePieceTokenizer(data.tokenizer_model, experiment.model.max_text_len)
+        data, tokenizer = opened(experiment, assets)
+        size, seed = experiment.model.image_size, experiment.train.seed
         return cls(data, experiment.data, tokenizer, size=size, seed=seed)
 
     def batch(self, index: int, rows: slice) -> dict[str, np.ndarray]:
