@@ -208,7 +208,8 @@ def _members(file: Path) -> Iterator[Member]:
                 wanted = kind in (*IMAGES, "json", "txt") or kind.endswith(".txt")
                 if wanted and info.isreg() and not info.issparse():
                     yield Member(f"{folder}/{key}", kind, info.offset_data, info.size)
-                tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]  # tarfile would keep every header in memory
+                # tarfile would keep every header in memory.
+                tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         raise UserError(
             f"{file}: no plain tar ({error}): unpack compression, or copy it again"
