@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from m2jax.bundle import load
 from m2jax.checkpoint.manager import Checkpoints
-from m2jax.config import Experiment
+from m2jax.config import Experiment, UserError
 from m2jax.config_dual import Architecture, Dual
 from m2jax.data.loader import Loader, make_loader
 from m2jax.dist.mesh import make_mesh
@@ -123,10 +123,20 @@ def assemble(
         experiment: the run.
         mesh: its devices.
         model: the model where it is not ``experiment.model``: that of another family.
+
+    Raises:
+        UserError: objectives that the model has no heads for; see the tasks and ``make_step``.
     """
+    local = experiment.loss.caption.weight or experiment.loss.masked_image.weight
     if isinstance(model, Dual):
+        if local:
+            raise UserError(
+                "loss.caption.weight, loss.masked_image.weight: "
+                f"a {model.family} model has no such heads: set both to 0, or start from an "
+                "M2-Encoder"
+            )
         task: Task = DualTextTask(experiment, model, mesh)
-    elif experiment.loss.caption.weight or experiment.loss.masked_image.weight:
+    elif local:
         task = SyCoCaTask(experiment, mesh)
     else:
         task = ImageTextTask(experiment, mesh)

@@ -20,6 +20,7 @@ from m2jax.train import main
 from m2jax.train.image_text import ImageTextTask
 from m2jax.train.step import make_step
 from m2jax.train.sycoca import SyCoCaTask
+from tests.models.dual_toys import TOYS
 from tests.train import toy
 
 
@@ -200,6 +201,13 @@ def test_the_mask_token_learns_with_patches_to_paint_alone(monkeypatch):
     name = "vision_embed.mask_token"
     assert not SyCoCaTask(experiment(monkeypatch)).frozen(name)
     assert SyCoCaTask(experiment(monkeypatch, masked_image={"weight": 0.0})).frozen(name)
+
+
+@pytest.mark.parametrize("off", ["caption", "masked_image"])
+def test_a_model_of_another_family_is_refused_not_trained_without(monkeypatch, off):
+    cfg = experiment(monkeypatch, **{off: {"weight": 0.0}})
+    with pytest.raises(UserError, match="a clip model has no such heads: set both to 0"):
+        main.assemble(cfg, make_mesh(config.Mesh(), jax.devices()[:1]), TOYS["clip"])
 
 
 def test_dropped_patches_cannot_be_painted(monkeypatch):
