@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from m2jax.bundle import Bundle, create_model, list_models, load
     from m2jax.checkpoint.convert.inward import convert
     from m2jax.checkpoint.convert.outward import export
-    from m2jax.config import Experiment, UserError
+    from m2jax.config import Experiment
     from m2jax.config_files import load_config
+    from m2jax.config_values import UserError
     from m2jax.data.loader import make_loader
     from m2jax.dist.bootstrap import start
     from m2jax.dist.mesh import make_mesh
@@ -31,7 +32,7 @@ _HOME = {  # public name -> the module that defines it
     "Bundle": "m2jax.bundle",
     "Experiment": "m2jax.config",
     "Task": "m2jax.train.task",
-    "UserError": "m2jax.config",
+    "UserError": "m2jax.config_values",
     "contrastive_loss": "m2jax.losses.contrastive",
     "convert": "m2jax.checkpoint.convert.inward",
     "create_model": "m2jax.bundle",
