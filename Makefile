@@ -31,11 +31,8 @@ help:
 demo: $(READY)
 	$(BIN)/m2jax train --config configs/emoji.py --workdir runs/demo
 
-# Training steps run in a process of their own: behind hundreds of other tests in one process, XLA's
-# collectives over eight virtual devices on two cores have aborted it, twice in two runs.
 test: lint
-	$(BIN)/python -m pytest -n 2 --ignore=tests/train
-	$(BIN)/python -m pytest -n 0 tests/train
+	$(BIN)/python -m pytest -n 2
 
 test-torch: $(TORCH_READY)
 	$(TORCH)/python -m pytest -n 0 -m torch

@@ -15,6 +15,10 @@ os.environ["XLA_FLAGS"] = (
     # Eight devices share two cores' worth of threads: collectives of one program that run at the
     # same time can each hold a thread the other needs. In program order they cannot.
     + " --xla_cpu_enable_concurrency_optimized_scheduler=false"
+    # Nor may a machine busy with another worker's compiling pass for a lost device.
+    + " --xla_cpu_collective_call_terminate_timeout_seconds=300"
+    # Two thirds of the tests' time is compiling; unoptimised code of toy models is fast enough.
+    + " --xla_backend_optimization_level=0"
 )
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".cache" / "jax")

@@ -20,6 +20,7 @@ CONFIG = Path(__file__).with_name("toy_job.py")
 ROOT = Path(__file__).parents[2]
 
 pytestmark = [
+    pytest.mark.soak,
     pytest.mark.slow,
     pytest.mark.multiprocess,
     pytest.mark.skipif(

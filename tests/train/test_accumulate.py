@@ -31,11 +31,10 @@ def steps(cfg, devices=2):
 
 
 def plain(monkeypatch, contrastive=None, **train):
-    """The toy experiment without augmentation: a micro-batch's randomness is its own."""
+    """The toy experiment with this reduction."""
     cfg = toy.experiment(monkeypatch, **train)
     loss = config.Loss(contrastive=config.Contrastive(**(contrastive or {})))
-    data = dataclasses.replace(cfg.data, augment=config.Augment())
-    return dataclasses.replace(cfg, data=data, loss=loss)
+    return dataclasses.replace(cfg, loss=loss)
 
 
 def test_four_micro_batches_are_one_batch(monkeypatch):

@@ -28,7 +28,7 @@ def losses(workdir):
 
 @pytest.mark.parametrize("stop", [1, 3, 4])
 def test_an_interrupted_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, monkeypatch, stop):
-    cfg = toy.experiment(monkeypatch)
+    cfg = toy.experiment(monkeypatch, augment=True)
     main.run(cfg, tmp_path / "whole")
 
     class Killed(Exception):
@@ -53,7 +53,7 @@ def test_an_interrupted_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, mo
 
 
 def test_eight_devices_equal_one(monkeypatch):
-    cfg = toy.experiment(monkeypatch)
+    cfg = toy.experiment(monkeypatch, augment=True)
     found = []
     for spec, devices in ((config.Mesh(), 1), (config.Mesh(data=2, fsdp=2, model=2), 8)):
         mesh = make_mesh(spec, jax.devices()[:devices])

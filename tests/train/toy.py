@@ -41,8 +41,10 @@ class ToySource:
         return {k: v[rows] for k, v in batch.items()}
 
 
-def experiment(monkeypatch, **train):
+def experiment(monkeypatch, *, augment=False, **train):
     """The tiny experiment, its source registered under the name ``toy``.
+
+    With ``augment`` drawings are changed as in the demo: a quarter of a step's compiling.
 
     Whole runs take two of the eight virtual devices: with more devices than cores the collectives
     of a run can wait for each other's threads until XLA aborts the process. What needs eight makes
@@ -65,7 +67,12 @@ def experiment(monkeypatch, **train):
     return dataclasses.replace(
         base,
         model=config.resolve(model),
-        data=config.Data(name="toy", batch_size=16, augment=base.data.augment, views=2),
+        data=config.Data(
+            name="toy",
+            batch_size=16,
+            augment=base.data.augment if augment else config.Augment(),
+            views=2,
+        ),
         mesh=config.Mesh(),
         optim=config.Optim(warmup_steps=2, ema=0.9),
         train=config.Train(**{"steps": 8, "log_every": 1, **train}),
