@@ -15,11 +15,12 @@ READY := .venv/ready
 TORCH := .venv-torch/bin
 TORCH_READY := .venv-torch/ready
 
-.PHONY: help demo test test-torch test-launch soak lint notebooks lock clean
+.PHONY: help demo test test-slow test-torch test-launch soak lint notebooks lock clean
 
 help:
 	@echo 'make demo       train the demo into runs/demo and write its report (about 10 minutes)'
 	@echo 'make test       lint, types, import rules, tests'
+	@echo 'make test-slow  whole runs and other tests that take long (CI runs them too)'
 	@echo 'make test-torch the tests against PyTorch, transformers and open_clip (a .venv-torch of 2 GB)'
 	@echo 'make test-launch job files against xpk and SkyPilot themselves (two environments of 0.8 GB)'
 	@echo 'make soak       kills, full disks and lost devices in real processes, Slurm (long; not yet seen whole)'
@@ -33,6 +34,9 @@ demo: $(READY)
 
 test: lint
 	$(BIN)/python -m pytest -n 2
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -n 2 -m 'slow and not soak and not slurm'
 
 test-torch: $(TORCH_READY)
 	$(TORCH)/python -m pytest -n 0 -m torch

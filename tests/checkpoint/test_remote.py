@@ -152,6 +152,7 @@ def toy_rows(place):
     return [(row["step"], row["loss"], row["grad_norm"]) for row in rows]
 
 
+@pytest.mark.slow
 def test_a_run_on_a_store_resumes_on_another_machine(url, monkeypatch, tmp_path):
     whole_story(url, monkeypatch, tmp_path)
 

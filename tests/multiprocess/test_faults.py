@@ -54,6 +54,7 @@ def told_then_killed(workdir, shape):
     finish(workdir, *shape)
 
 
+@pytest.mark.slow
 def test_one_process_told_to_end_then_killed(tmp_path):
     finish(tmp_path / "whole", 1, 2)
     told_then_killed(tmp_path / "cut", (1, 2))

@@ -47,6 +47,7 @@ def test_four_micro_batches_are_one_batch(monkeypatch):
     assert detached[0, 1] < 0.9 * whole[0, 1]  # the gradient is not
 
 
+@pytest.mark.slow
 def test_other_reductions_train_alike(monkeypatch):
     whole, _ = steps(plain(monkeypatch))
     ring, _ = steps(plain(monkeypatch, {"impl": "ring", "tile": 4}))

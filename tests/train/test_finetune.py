@@ -115,6 +115,7 @@ def trained(tmp_path_factory):
     return place / "run"
 
 
+@pytest.mark.slow
 def test_tuning_beats_zero_shot_on_a_held_out_slice(trained, tmp_path):
     before = bundle.load(trained)
     assert top1(before, inverted=False) > 0.7  # it knows the style it was trained on
@@ -234,6 +235,7 @@ def test_another_width_or_shape_is_refused_by_name(trained, tmp_path):
         take(other)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_needs_the_source_no_more(trained, tmp_path):
     import shutil
 
@@ -265,7 +267,14 @@ def dual_folder(place, family):
     return cfg
 
 
-@pytest.mark.parametrize("family", ["clip", "siglip", "chinese-clip"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "clip",
+        pytest.param("siglip", marks=pytest.mark.slow),
+        pytest.param("chinese-clip", marks=pytest.mark.slow),
+    ],
+)
 def test_models_of_other_families_can_be_tuned(tmp_path, family):
     cfg = dual_folder(tmp_path / "source", family)
     tsv = write(tmp_path / "own", 1, 3, inverted=False)

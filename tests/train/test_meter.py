@@ -60,6 +60,7 @@ def test_waiting_counts_only_while_devices_are_idle(monkeypatch, tmp_path):
     assert watched.row(1.0, 1.0)["data_wait"] == pytest.approx(1.0)  # since the last row
 
 
+@pytest.mark.slow
 def test_utilisation_is_model_flops_over_the_datasheets_peak(tmp_path, monkeypatch):
     cfg = toy.experiment(monkeypatch, steps=4)
     chip = dataclasses.replace(topology.CHIPS["v5e"], peak_flops=1e9)
@@ -117,6 +118,7 @@ class Marked(toy.ToySource):
         return {**batch, "concept": whole[rows]}
 
 
+@pytest.mark.slow
 def test_skipped_steps_are_counted_between_rows_and_over_restarts(tmp_path, monkeypatch):
     cfg = toy.experiment(monkeypatch, log_every=8, steps=8)
     monkeypatch.setitem(toy.loader.SOURCES, "toy", Marked)

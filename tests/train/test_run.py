@@ -26,7 +26,9 @@ def losses(workdir):
     ]
 
 
-@pytest.mark.parametrize("stop", [1, 3, 4])
+@pytest.mark.parametrize(
+    "stop", [3, pytest.param(1, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
+)
 def test_an_interrupted_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, monkeypatch, stop):
     cfg = toy.experiment(monkeypatch, augment=True)
     main.run(cfg, tmp_path / "whole")

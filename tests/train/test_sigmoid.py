@@ -32,7 +32,7 @@ def of_pair(image, text, scale, bias):
     return total / len(image)
 
 
-@pytest.mark.parametrize("impl", ["dense", "ring"])
+@pytest.mark.parametrize("impl", ["dense", pytest.param("ring", marks=pytest.mark.slow)])
 def test_the_loss_is_the_papers_on_both_heads(monkeypatch, impl):
     cfg = sigmoid(monkeypatch, impl=impl, backbone_weight=0.25)
     mesh = make_mesh(config.Mesh(), jax.devices()[:2])

@@ -174,6 +174,7 @@ def test_gradients_are_those_of_differences(wide, monkeypatch):
     np.testing.assert_allclose((moved[0] - moved[1]) / (2 * step), along, rtol=2e-5)
 
 
+@pytest.mark.slow
 def test_eight_devices_equal_one(monkeypatch):
     cfg = experiment(monkeypatch)
     found = []

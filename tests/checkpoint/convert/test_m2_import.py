@@ -31,7 +31,9 @@ def imported(folder, arch, **options):
     return inward.read(folder, arch=str(arch), **options)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "dtype", ["float32", "bfloat16", pytest.param("float16", marks=pytest.mark.slow)]
+)
 def test_in_and_out_again_is_the_same_file(tmp_path, dtype):
     tensors = m2_files.tensors(dtype)
     src, arch = m2_files.release(tmp_path / "release", tensors)
@@ -169,6 +171,7 @@ def test_a_file_of_several_types_keeps_the_widest(tmp_path, official):
         imported(file, arch)
 
 
+@pytest.mark.slow
 def test_the_check_sees_every_tensor(official, release):
     """One official tensor at a time is changed on our side; each change must be seen."""
     file, arch = release
