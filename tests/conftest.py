@@ -21,6 +21,9 @@ os.environ["XLA_FLAGS"] = (
     + " --xla_backend_optimization_level=0"
     + " --xla_cpu_use_fusion_emitters=false"
 )
+# A device waits for the others of a collective inside a thread of XLA's pool, which has as many as
+# there are devices: whatever else takes one then leaves a device without, and all wait forever.
+os.environ["PJRT_NPROC"] = "32"
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".cache" / "jax")
 )

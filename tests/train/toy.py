@@ -74,7 +74,8 @@ def experiment(monkeypatch, *, augment=False, **train):
             views=2,
         ),
         mesh=config.Mesh(),
-        optim=config.Optim(warmup_steps=2, ema=0.9),
+        # The length of a run is no constant of its program then: runs of any length share one.
+        optim=config.Optim(warmup_steps=2, ema=0.9, schedule="constant"),
         train=config.Train(**{"steps": 8, "log_every": 1, **train}),
         checkpoint=config.Checkpoint(every=3, keep=3),
         eval=config.Eval(suite=""),
