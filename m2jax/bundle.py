@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 from PIL import Image
 
@@ -37,6 +37,8 @@ from m2jax.models.dual import DualEncoder
 from m2jax.models.m2 import M2Encoder
 from m2jax.models.params import Params
 
+SIGMOID_BIAS = "logit_vl_bias"  # that a run with the sigmoid loss trained beside the vl features
+
 
 @dataclass(frozen=True)
 class Bundle:
@@ -47,6 +49,7 @@ class Bundle:
     params: Params
     tokenizer: Tokenizer | None  # an imported model may come without one
     preprocessing: Preprocess
+    logit_bias: jax.Array | None = None  # an M2-Encoder's, trained with the sigmoid loss
 
     @property
     def model(self) -> M2Encoder | DualEncoder:
@@ -88,10 +91,16 @@ class Bundle:
         image_features: Float[Array, "images dim"],
         text_features: Float[Array, "texts dim"],
     ) -> Float[Array, "images texts"]:
-        """Cosines times exp(logit_scale), plus logit_bias where the model has one (SigLIP)."""
+        """Cosines times exp(logit_scale), plus logit_bias where the model has one (SigLIP).
+
+        An M2-Encoder trained with the sigmoid loss takes the pair that its vl features were
+        trained with; the published ones take ``logit_scale`` for them (their release does).
+        """
+        scale, bias = self.params["logit_scale"], self.params.get("logit_bias", jnp.zeros(()))
+        if self.logit_bias is not None:
+            scale, bias = self.params["logit_vl_scale"], self.logit_bias
         scale, bias = (  # half-precision weights would round the logits, by 1 in 2,048
-            jnp.asarray(x, layers.at_least_float32(jnp.result_type(x)))
-            for x in (self.params["logit_scale"], self.params.get("logit_bias", jnp.zeros(())))
+            jnp.asarray(x, layers.at_least_float32(jnp.result_type(x))) for x in (scale, bias)
         )
         return jnp.exp(scale) * (image_features @ text_features.T) + bias
 
@@ -138,12 +147,19 @@ def load(
         abstract.params,
         params_lib.shardings(abstract, mesh, AxisRules()),
     )
+    sigmoid = saved.experiment and saved.experiment.loss.contrastive.form == "sigmoid"
+    if sigmoid:
+        shapes[SIGMOID_BIAS] = jax.ShapeDtypeStruct(
+            (), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec())
+        )
+    params = manager.read_params(checkpoint.absolute(), shapes)
     return Bundle(
         model,
         abstract.graph,
-        manager.read_params(checkpoint.absolute(), shapes),
+        {name: value for name, value in params.items() if name in abstract.params},
         None if tokenizer is None else tokenizer_from_dict(tokenizer),
         Preprocess.from_dict(saved.assets["preprocess"], _side(model)),
+        params[SIGMOID_BIAS] if sigmoid else None,
     )
 
 

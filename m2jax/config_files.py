@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -58,8 +59,13 @@ def _run_file(file: Path, arg: str) -> ConfigDict:
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
+        takes = inspect.signature(module.get_config).parameters
+        if arg and not takes:
+            raise UserError(f"--config {file}:{arg}: this config takes no argument: drop :{arg}")
         config = module.get_config(arg) if arg else module.get_config()
-    except (KeyError, AttributeError, TypeError, SyntaxError, ValueError, ImportError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # whatever the user's code raises is theirs to mend
         reason = " ".join(str(a) for a in error.args[:1]).replace("\n", " ")
         raise UserError(
             f"{file}: {type(error).__name__}: {reason}: mend the config file"

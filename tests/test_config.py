@@ -50,6 +50,20 @@ def test_bad_overrides_are_one_line_with_a_mend(override, words):
     assert "\n" not in str(caught.value)
 
 
+def test_an_argument_that_a_config_does_not_take_is_named():
+    with pytest.raises(UserError, match=r"emoji\.py:foo: this config takes no argument: drop :foo"):
+        load_config("emoji:foo")
+
+
+@pytest.mark.parametrize("body", ["    return as_config_dikt()", "    assert 0", "    1 / 0"])
+def test_whatever_a_config_file_raises_names_the_file(tmp_path, body):
+    file = tmp_path / "mine.py"
+    file.write_text(f"def get_config():\n{body}\n")
+    with pytest.raises(UserError, match=r"mine\.py: .*Error: .*mend the config file") as caught:
+        load_config(str(file))
+    assert "\n" not in str(caught.value)
+
+
 def test_a_misspelt_key_in_a_file_names_the_file(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(

@@ -106,8 +106,10 @@ class Checkpoints:
         with _named_errors(f"{self._manager.directory}/{step}"):
             self._manager.save(step, args=items, force=True, metrics=metrics)
 
-    def restore(self, abstract_state: Any) -> Restored | None:
+    def restore(self, abstract_state: Any, *, until: int | None = None) -> Restored | None:
         """The newest checkpoint that can be read, placed as ``abstract_state`` says.
+
+        With ``until``, the newest of those saved at that step or before it.
 
         Damaged ones that are newer are renamed to ``STEP.damaged``, so that their steps can be
         saved again; a line on standard error says so. All processes take the same one.
@@ -120,7 +122,8 @@ class Checkpoints:
         """
         self.wait()
         damaged: dict[int, str] = {}
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        steps = [s for s in self._manager.all_steps() if until is None or s <= until]
+        for step in sorted(steps, reverse=True):
             restored, reason = self._read(step, abstract_state)
             if everyone(not reason):
                 self._put_aside(damaged, step)
@@ -341,9 +344,9 @@ def read_params(checkpoint: Path, abstract_params: Any) -> Any:
         )
         return handler.restore(where, args=args)[key]
     except Exception as error:  # Orbax raises a bare one where a file of an array is missing
-        raise DamagedError(
-            f"{where}: parameters cannot be read ({first_line(error)}): use another checkpoint"
-        ) from error
+        reason = first_line(error)
+    _drop_failed_reads()
+    raise DamagedError(f"{where}: parameters cannot be read ({reason}): use another checkpoint")
 
 
 def _same_architecture(saved: Architecture, wanted: Architecture, where: str) -> None:

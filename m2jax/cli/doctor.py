@@ -31,12 +31,15 @@ LIBRARIES = (
     "resvg-py",
     "tensorboardX",
 )
-EXTRAS = {  # extra -> (module, what it is for)
-    "tpu": ("libtpu", "run on TPUs"),
-    "cuda13": ("jax_cuda13_plugin", "run on NVIDIA GPUs"),
-    "k8s": ("kubernetes", "find the other pods of a Kubernetes job"),
-    "mpi": ("mpi4py", "start under Open MPI 5 and other MPIs"),
-    "wandb": ("wandb", "log to Weights & Biases"),
+EXTRAS = {  # extra of pyproject.toml -> (module, what it is for, what to install)
+    "tpu": ("libtpu", "run on TPUs", "'jax[tpu]'"),
+    "cuda13": ("jax_cuda13_plugin", "run on NVIDIA GPUs", "'jax[cuda13]'"),
+    "k8s": ("kubernetes", "find the other pods of a Kubernetes job", "'jax[k8s]'"),
+    "mpi": ("mpi4py", "start under Open MPI 5 and other MPIs", "mpi4py"),
+    "wandb": ("wandb", "log to Weights & Biases", "wandb"),
+    "s3": ("s3fs", "work directories on s3://", "s3fs"),
+    "gcs": ("gcsfs", "work directories on gs://", "gcsfs"),
+    "hf": ("tokenizers", "models of the CLIP family and of the Hub", "tokenizers huggingface_hub"),
 }
 
 
@@ -152,8 +155,8 @@ def _data() -> Check:
 
 def _extras() -> list[Check]:
     checks = []
-    for extra, (module, use) in EXTRAS.items():
+    for extra, (module, use, packages) in EXTRAS.items():
         there = importlib.util.find_spec(module) is not None
         says = f"{'there' if there else 'not installed'}: {use}"
-        checks.append(Check(f"[{extra}]", there, says, f"pip install 'm2jax[{extra}]'"))
+        checks.append(Check(f"[{extra}]", there, says, f"pip install {packages}"))
     return checks

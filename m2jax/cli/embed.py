@@ -23,7 +23,9 @@ def add_parser(subparsers: Any) -> None:
         "paths of the images, or the line numbers of the texts from 1.",
         allow_abbrev=False,
     )
-    parser.add_argument("--model", required=True, type=Path, help="a model or work directory")
+    parser.add_argument(
+        "--model", required=True, help="a model or work directory, hf:OWNER/NAME, s3://..."
+    )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--images", nargs="+", type=Path, metavar="PATH", help="image files, or folders of them"

@@ -19,10 +19,18 @@ def add_parser(subparsers: Any) -> None:
         description="Scores a model. Shares are between 0 and 1.",
         allow_abbrev=False,
     )
-    parser.add_argument("--model", required=True, type=Path, help="a model or work directory")
+    parser.add_argument(
+        "--model", required=True, help="a model or work directory, hf:OWNER/NAME, s3://..."
+    )
     parser.add_argument("--suite", default="emoji", help="what to score (default: emoji)")
     parser.add_argument("--data", default="", help="where the data sets are (default: the cache)")
     parser.add_argument("--languages", default="en,zh", help="comma-separated (default: en,zh)")
+    parser.add_argument(
+        "--hold-out-styles",
+        default="",
+        metavar="STYLE,...",
+        help="emoji-validation: styles kept out of training (default: those of the model's run)",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
     parser.set_defaults(run=run)
 
@@ -40,8 +48,15 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         files.check_parent(args.json, "--json")
     load_devices()
+    held_out = tuple(part for part in args.hold_out_styles.split(",") if part)
+    if not held_out and (saved := bundle.read_saved(args.model)) and saved.experiment:
+        held_out = saved.experiment.data.hold_out_styles
     metrics = runner.evaluate(
-        bundle.load(args.model), suite=args.suite, data_dir=args.data, languages=languages
+        bundle.load(args.model),
+        suite=args.suite,
+        data_dir=args.data,
+        languages=languages,
+        hold_out_styles=held_out,
     )
     if args.json:
         text = json.dumps(metrics, indent=1, sort_keys=True) + "\n"

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -65,14 +66,18 @@ def run(args: argparse.Namespace) -> int:
     experiment = settled(load_config(args.config, args.overrides))
     changes = planner.variants(args.compare)
     columns = [settled(load_config(args.config, [*args.overrides, *c])) for c in changes]
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
     if args.largest_batch:
-        plans = planner.largest_batch(experiment, args.topology)
+        plans = planner.largest_batch(experiment, args.topology, say=say)
         titles = [f"batch {one.batch_size:,}" for one in plans]
         fitting = [one for one in plans if one.fits]
         answer = max(fitting, key=lambda one: one.batch_size) if fitting else plans[-1]
     else:
         plans = [
-            planner.plan(each, args.topology, contrastive=not columns)
+            planner.plan(each, args.topology, contrastive=not columns, say=say)
             for each in (experiment, *columns)
         ]
         titles = ["as configured", *args.compare]

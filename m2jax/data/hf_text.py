@@ -83,7 +83,7 @@ def library() -> Any:
         import tokenizers  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise UserError(
-            "tokenizers: not installed, and this model's text needs it: pip install 'm2jax[hf]'"
+            "tokenizers: not installed, and this model's text needs it: pip install tokenizers"
         ) from None
     return tokenizers
 

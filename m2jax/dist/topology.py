@@ -151,7 +151,7 @@ def _tpu(name: str, chip: Chip, shape: str, slices: int) -> tuple[Any, ...]:
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
             f"--topology {name}: compiling for TPUs needs the package libtpu, for Linux on x86-64: "
-            "pip install 'm2jax[tpu]'"
+            "pip install 'jax[tpu]'"
         )
     try:
         with no_tpu():
@@ -174,7 +174,7 @@ def _gpu(name: str, chip: Chip, hosts: int, each: int) -> tuple[Any, ...]:
     if not plugins:
         raise UserError(
             f"--topology {name}: compiling for GPUs needs JAX's CUDA plugin (no GPU): "
-            "pip install 'm2jax[cuda13]'"
+            "pip install 'jax[cuda13]'"
         )
     try:
         found = topologies.get_topology_desc(

@@ -90,6 +90,7 @@ def _baseline(
 
 Suite = Callable[[Encoder, str, Sequence[str], int, tuple[str, ...]], Evaluation]
 SUITES: dict[str, Suite] = {"emoji": emoji, "emoji-validation": emoji_validation}
+VALIDATION = {"emoji": "emoji-validation"}  # what a run that ends in a suite scores on its way
 
 
 def run_suite(
@@ -120,9 +121,16 @@ def evaluate(
     suite: str = "emoji",
     data_dir: str = "",
     languages: Sequence[str] = ("en", "zh"),
+    hold_out_styles: tuple[str, ...] = (),
 ) -> dict[str, float]:
-    """Runs a suite, prints its table, returns its flat metrics."""
-    evaluation = run_suite(model, suite=suite, data_dir=data_dir, languages=languages)
+    """Runs a suite, prints its table, returns its flat metrics; see ``run_suite``."""
+    evaluation = run_suite(
+        model,
+        suite=suite,
+        data_dir=data_dir,
+        languages=languages,
+        hold_out_styles=hold_out_styles,
+    )
     print(table(evaluation.metrics))
     return evaluation.metrics
 

@@ -94,7 +94,7 @@ def _data(folder: Path) -> Finding:
 def _gpu(platform: str) -> Finding:
     if platform == "cpu":
         says = "NVIDIA's driver is loaded, but jax runs on the processor"
-        return Finding("gpu", False, says, "pip install 'm2jax[cuda13]', and look at nvidia-smi")
+        return Finding("gpu", False, says, "pip install 'jax[cuda13]', and look at nvidia-smi")
     return Finding("gpu", True, "jax uses it")
 
 

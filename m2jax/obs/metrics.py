@@ -86,7 +86,7 @@ class _WandB:
             import wandb  # pyright: ignore[reportMissingImports]
         except ImportError:
             raise UserError(
-                f"log.wandb={project}: needs the package wandb: pip install 'm2jax[wandb]'"
+                f"log.wandb={project}: needs the package wandb: pip install wandb"
             ) from None
         name = workdir.absolute()
         identity = hashlib.sha256(str(name).encode()).hexdigest()[:16]

@@ -7,7 +7,7 @@ import math
 import re
 import time
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -70,8 +70,19 @@ def lay_out(experiment: Experiment, topology: Topology) -> tuple[Mesh, Task, Ste
     return mesh, task, step
 
 
-def compile_step(experiment: Experiment, topology: Topology) -> Compiled:
+def silent(text: str) -> None:
+    """Says nothing: what ``say`` is where nobody watches."""
+
+
+def compile_step(
+    experiment: Experiment, topology: Topology, say: Callable[[str], None] = silent
+) -> Compiled:
     """Traces, lowers and compiles; arrays are shapes throughout.
+
+    Args:
+        experiment: the run.
+        topology: the machine.
+        say: told what takes long, when it begins.
 
     Raises:
         UserError: as ``lay_out``.
@@ -81,6 +92,7 @@ def compile_step(experiment: Experiment, topology: Topology) -> Compiled:
     state = step.abstract_state
     parts = {"parameters": _bytes(state.params), "optimizer": _bytes(state.opt_state)}
     start = time.monotonic()
+    say(f"compiling the step for {topology.name}, {experiment.data.batch_size:,} rows")
     try:
         with uncached():
             compiled = traced.lower().compile(OPTIONS[topology.chip.platform])

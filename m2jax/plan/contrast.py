@@ -28,7 +28,9 @@ class Cost(NamedTuple):
 
 
 def costs(experiment: Experiment, topology: Topology, mesh: Mesh) -> list[Cost]:
-    """One row per form, for the global batch, feature size and mesh of an experiment.
+    """One row per form, for the batch, features, mesh and options of an experiment's loss.
+
+    ``loss.contrastive.group`` is taken for the form that the run uses; the others choose their own.
 
     Args:
         experiment: the run.
@@ -40,8 +42,21 @@ def costs(experiment: Experiment, topology: Topology, mesh: Mesh) -> list[Cost]:
 
 
 def _cost(impl: str, experiment: Experiment, topology: Topology, mesh: Mesh) -> Cost:
+    cfg = experiment.loss.contrastive
+
     def loss(image: jax.Array, text: jax.Array, scale: jax.Array) -> jax.Array:
-        return contrastive_loss(image, text, scale, impl=impl, mesh=mesh)
+        return contrastive_loss(
+            image,
+            text,
+            scale,
+            bias=cfg.bias_init if cfg.form == "sigmoid" else None,
+            impl=impl,
+            mesh=mesh,
+            group=(cfg.group or None) if impl == cfg.impl else None,
+            label_smoothing=cfg.label_smoothing,
+            wire_dtype=cfg.wire_dtype,
+            tile=cfg.tile,
+        )
 
     places: Any = (batch_sharding(mesh), batch_sharding(mesh), replicated(mesh))
     rows = jax.ShapeDtypeStruct(

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from m2jax.config import Experiment, UserError
@@ -12,7 +13,7 @@ from m2jax.dist.topology import Topology, describe
 from m2jax.plan import collectives as collectives_lib
 from m2jax.plan import contrast, flops, hlo, loops, schedule, traffic
 from m2jax.plan.collectives import Collective
-from m2jax.plan.compile import Compiled, Memory, compile_step
+from m2jax.plan.compile import Compiled, Memory, compile_step, silent
 from m2jax.plan.contrast import Cost
 from m2jax.plan.schedule import Times
 
@@ -71,22 +72,33 @@ class Plan:
         return self.model_flops / (self.topology.chip.peak_flops * seconds)
 
 
-def plan(experiment: Experiment, topology: str | Topology, *, contrastive: bool = False) -> Plan:
+def plan(
+    experiment: Experiment,
+    topology: str | Topology,
+    *,
+    contrastive: bool = False,
+    say: Callable[[str], None] = silent,
+) -> Plan:
     """Compiles the training step of an experiment for a machine and accounts for it.
 
     Args:
         experiment: the run.
         topology: a name as ``dist.topology.describe`` takes it, or what that returned.
         contrastive: also compile every form of the contrastive loss alone.
+        say: told what takes long, when it begins.
 
     Raises:
         UserError: no such machine, or a mesh or batch that does not fit its devices.
         HloError: the program holds what the accounting does not understand, or a self-check fails.
     """
     machine = describe(topology) if isinstance(topology, str) else topology
-    compiled = compile_step(experiment, machine)
+    compiled = compile_step(experiment, machine, say)
     # Programs number devices in the order of the mesh.
     machine = machine._replace(devices=tuple(compiled.mesh.devices.flat))
+    costs: tuple[Cost, ...] = ()
+    if contrastive:
+        say("compiling each form of the contrastive loss alone")
+        costs = tuple(contrast.costs(experiment, machine, compiled.mesh))
     result = Plan(
         topology=machine,
         mesh=dict(compiled.mesh.shape),
@@ -94,9 +106,7 @@ def plan(experiment: Experiment, topology: str | Topology, *, contrastive: bool 
         memory=compiled.memory,
         compile_seconds=compiled.seconds,
         model_flops=compiled.model_flops / len(machine.devices),
-        contrastive=tuple(contrast.costs(experiment, machine, compiled.mesh))
-        if contrastive
-        else (),
+        contrastive=costs,
     )
     return _account(result, compiled) if compiled.text else result
 
@@ -158,8 +168,16 @@ def check(checks: Checks) -> None:
         )
 
 
-def largest_batch(experiment: Experiment, topology: str, *, compiles: int = 6) -> list[Plan]:
+def largest_batch(
+    experiment: Experiment,
+    topology: str,
+    *,
+    compiles: int = 6,
+    say: Callable[[str], None] = silent,
+) -> list[Plan]:
     """Plans ever closer to the largest batch that fits; rows per device in steps of 8 (or 1).
+
+    The rows of a device are those of a micro-batch where the run accumulates.
 
     Memory grows about linearly with the batch, so the second try is where a line through the
     state's bytes and the first try says, and later ones halve what is left in between.
@@ -171,9 +189,9 @@ def largest_batch(experiment: Experiment, topology: str, *, compiles: int = 6) -
         UserError: as ``plan``.
     """
     machine = describe(topology)
-    first = plan(experiment, machine)
+    first = plan(experiment, machine, say=say)
     tried = [first]
-    rows = batch_shards(first.mesh)
+    rows = batch_shards(first.mesh) * experiment.train.accumulate
     unit = 8 if first.batch_size // rows >= 8 else 1
     low, high = 0, 0  # in units per device: fits, does not fit (0: not known)
     state = first.memory.parameters + first.memory.optimizer
@@ -189,7 +207,7 @@ def largest_batch(experiment: Experiment, topology: str, *, compiles: int = 6) -
             guess = (low + high) // 2
         guess = max(guess, low + 1) if not high else min(max(guess, low + 1), high - 1)
         bigger = dataclasses.replace(experiment.data, batch_size=guess * rows * unit)
-        tried.append(plan(dataclasses.replace(experiment, data=bigger), machine))
+        tried.append(plan(dataclasses.replace(experiment, data=bigger), machine, say=say))
     return tried
 
 

@@ -53,7 +53,7 @@ def _losses(plan: Plan) -> list[str]:
     """Each form of the contrastive loss, alone."""
     if not plan.contrastive:
         return []
-    lines = ["", "contrastive loss alone, forward and backward, MiB per chip:"]
+    lines = ["", "one contrastive loss alone, forward and backward, MiB per chip:"]
     for cost in plan.contrastive:
         if cost.temporaries is None:
             lines.append(f"  {cost.impl:<13} {cost.note}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,6 +57,7 @@ class Loop:
     meter: Meter = dataclasses.field(kw_only=True)
     profiler: Profiler = dataclasses.field(kw_only=True)
     workdir: Path = dataclasses.field(kw_only=True)
+    score: Callable[[], dict[str, float]] = dict  # figures of the newest checkpoint, eval.every
 
     def run(self, state: TrainState) -> LoopResult:
         """Runs to ``train.steps``, or to where a preemption stops it; saves on the way and then."""
@@ -70,13 +72,16 @@ class Loop:
             self.watchdog.beat(step)
             stop = self.preemption.reached(step)
             save = stop or step % self.experiment.checkpoint.every == 0 or step == steps
-            if step % self.experiment.train.log_every == 0 or step == steps or stop:
+            scores = self.experiment.eval.every and step % self.experiment.eval.every == 0
+            if step % self.experiment.train.log_every == 0 or step == steps or stop or scores:
                 skipped = int(metrics["skipped"])
                 now = time.perf_counter()
-                self.log(step, metrics, (step - since) / (now - last), before + now - begin)
-                last, since = now, step
+                figures = self.validate(step, state, metrics) if scores else {}
+                pace = (step - since) / (now - last)
+                self.log(step, metrics, pace, before + now - begin, figures)
+                last, since = time.perf_counter(), step
                 if skipped >= self.experiment.train.guard.patience:
-                    state = self.rewind(step, batch)
+                    state = self.rewind(step, skipped, batch)
                     save = stop
             if save:
                 self.save(step, state, metrics)
@@ -96,6 +101,16 @@ class Loop:
         self.checkpoints.save(step, state, self.loader.get_state(), metrics=chosen_by)
         self.meter.goodput.book("save")
 
+    def validate(self, step: int, state: TrainState, metrics: Metrics) -> dict[str, float]:
+        """Figures of this step, from its checkpoint: what whoever loads that would get."""
+        self.save(step, state, metrics)
+        self.checkpoints.wait()
+        self.meter.goodput.book("save")
+        figures = self.score()
+        self.watchdog.beat(step)
+        self.meter.goodput.book("evaluation")
+        return figures
+
     def one(self, step: int, state: TrainState) -> tuple[TrainState, Metrics, Batch]:
         """Takes a batch and dispatches one step; the batch comes back for what may go wrong."""
         batch = next(self.loader)
@@ -107,29 +122,41 @@ class Loop:
         self.meter.stepped(metrics)
         return state, metrics, batch
 
-    def log(self, step: int, metrics: Metrics, steps_per_s: float, seconds: float) -> None:
+    def log(
+        self,
+        step: int,
+        metrics: Metrics,
+        steps_per_s: float,
+        seconds: float,
+        figures: dict[str, float],
+    ) -> None:
         """One row for machines, one line for people."""
         row = {name: float(value) for name, value in metrics.items()}
         row["seconds"] = seconds
         row["learning_rate"] = float(np.asarray(self.step.schedule(step - 1)))
         row["samples_per_s"] = steps_per_s * self.experiment.data.batch_size
         row |= self.meter.row(row["samples_per_s"], steps_per_s)
-        self.writer.write(step, row)
+        self.writer.write(step, row | figures)
         self.meter.goodput.write(step)
         self.progress.show(step, row["loss"], row["samples_per_s"])
+        if figures:
+            self.progress.note(f"step {step}: {headline(figures)}")
 
-    def rewind(self, step: int, batch: Batch) -> TrainState:
+    def rewind(self, step: int, skipped: int, batch: Batch) -> TrainState:
         """Goes back to the last checkpoint's parameters, but on to new data with new randomness.
 
         The step count and the loader go on: replaying the same batches with the same keys would
-        meet the same spike.
+        meet the same spike. A checkpoint made just before the ``skipped`` steps, or among them,
+        holds what led into the spike: an older one is preferred.
 
         Raises:
             UserError: nothing to go back to, or this happened too often.
         """
         guard = self.experiment.train.guard
         self.rewinds += 1
-        restored = self.checkpoints.restore(self.step.abstract_state)
+        abstract = self.step.abstract_state
+        restored = self.checkpoints.restore(abstract, until=step - skipped - 1)
+        restored = restored or self.checkpoints.restore(abstract)
         if restored is None or self.rewinds > guard.rewinds:
             saved = save_batch(self.workdir, step, batch)
             raise UserError(
@@ -139,6 +166,12 @@ class Loop:
             )
         self.progress.note(f"step {step}: loss spike; parameters go back to step {restored.step}")
         return dataclasses.replace(restored.state, step=jnp.asarray(step, jnp.int32))
+
+
+def headline(figures: dict[str, float]) -> str:
+    """The first places of a suite's figures in one line, baselines left out."""
+    tops = [key for key in sorted(figures) if key.endswith("/top1") and "baseline/" not in key]
+    return ", ".join(f"{key.removesuffix('/top1')} {100 * figures[key]:.1f} %" for key in tops)
 
 
 def save_batch(workdir: Path, step: int, batch: Batch) -> Path:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from m2jax.dist.preemption import Preemption
 from m2jax.dist.sharding import batch_sharding
 from m2jax.dist.topology import chip_of
 from m2jax.eval.report import write_report
-from m2jax.eval.runner import run_suite, table, write_metrics
+from m2jax.eval.runner import VALIDATION, Evaluation, run_suite, table, write_metrics
 from m2jax.obs.goodput import Goodput
 from m2jax.obs.metrics import MetricWriter, read_rows
 from m2jax.obs.profile import Profiler
@@ -75,6 +76,7 @@ def _run(experiment: Experiment, directory: Path, origin: Origin | None) -> int:
         else:
             start, state = restored.step, restored.state
             loader.set_state(restored.data)
+        workdir_lib.record(directory, experiment)
         goodput.start(start)
         writer, progress = reporters(directory, experiment, start)
         if restored is not None:
@@ -84,6 +86,7 @@ def _run(experiment: Experiment, directory: Path, origin: Origin | None) -> int:
             meter=make_meter(experiment, mesh, model, loader, goodput, directory),
             profiler=profiler,
             workdir=directory,
+            score=functools.partial(validation, directory, experiment),
         )
         goodput.book("init")
         try:
@@ -201,16 +204,30 @@ def begin(step: Step, origin: Origin | None, task: Task, mesh: Mesh, workdir: Pa
     return step.begin(taken.params)
 
 
-def score(workdir: Path, experiment: Experiment) -> None:
-    """Scores the newest checkpoint and leaves ``metrics.json`` and ``report.html``."""
-    evaluation = run_suite(
+def validation(workdir: Path, experiment: Experiment) -> dict[str, float]:
+    """Figures of the newest checkpoint on what tuning may look at; one process takes them."""
+    suite = VALIDATION.get(experiment.eval.suite)
+    if suite is None or jax.process_index() != 0:
+        return {}
+    metrics = evaluated(workdir, experiment, suite).metrics
+    return {key: value for key, value in metrics.items() if not key.startswith("baseline/")}
+
+
+def evaluated(workdir: Path, experiment: Experiment, suite: str) -> Evaluation:
+    """A suite's figures for the newest checkpoint."""
+    return run_suite(
         load(workdir),
-        suite=experiment.eval.suite,
+        suite=suite,
         data_dir=experiment.data.dir,
         languages=experiment.data.languages,
         batch_size=experiment.eval.batch_size,
         hold_out_styles=experiment.data.hold_out_styles,
     )
+
+
+def score(workdir: Path, experiment: Experiment) -> None:
+    """Scores the newest checkpoint and leaves ``metrics.json`` and ``report.html``."""
+    evaluation = evaluated(workdir, experiment, experiment.eval.suite)
     rows = read_rows(workdir / "metrics.jsonl")
     seconds = rows[-1].get("seconds", 0.0) if rows else 0.0
     metrics = {**evaluation.metrics, "train/seconds": seconds}

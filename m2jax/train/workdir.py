@@ -39,7 +39,7 @@ def opened(workdir: str | os.PathLike[str], experiment: Experiment) -> Iterator[
 
 
 def prepare(workdir: Path, experiment: Experiment) -> Path:
-    """Makes the work directory and writes ``config.json``; never over another model's.
+    """Makes the work directory, with ``config.json``; one that is there stays until ``record``.
 
     Raises:
         UserError: the directory cannot be made, belongs to another architecture, or is another
@@ -57,17 +57,29 @@ def prepare(workdir: Path, experiment: Experiment) -> Path:
 
 
 def _make(workdir: Path, experiment: Experiment) -> None:
-    file, temporary = workdir / "config.json", workdir / "config.json.tmp"
+    file = workdir / "config.json"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if file.exists():
             _same_architecture(file, experiment)
-        temporary.write_text(config_lib.to_json(experiment), encoding="utf-8")
-        os.replace(temporary, file)
+        else:
+            _write(file, experiment)
     except OSError as error:
         raise UserError(
             f"--workdir {workdir}: {error.strerror}: name a directory you may write to"
         ) from error
+
+
+def record(workdir: Path, experiment: Experiment) -> None:
+    """Notes the config of a run that has begun, or goes on with other settings."""
+    if jax.process_index() == 0:
+        _write(workdir / "config.json", experiment)
+
+
+def _write(file: Path, experiment: Experiment) -> None:
+    temporary = file.with_name(file.name + ".tmp")
+    temporary.write_text(config_lib.to_json(experiment), encoding="utf-8")
+    os.replace(temporary, file)
 
 
 def _same_architecture(file: Path, experiment: Experiment) -> None:

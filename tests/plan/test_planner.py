@@ -153,7 +153,8 @@ def test_the_compilers_refusal_is_understood() -> None:
 def plans(fitting: int):
     """A planner that fits up to so many rows; memory grows linearly, with a jump."""
 
-    def plan(experiment, machine, *, contrastive=False):
+    def plan(experiment, machine, *, contrastive=False, say=print):
+        assert experiment.data.batch_size % (8 * experiment.train.accumulate) == 0
         rows = experiment.data.batch_size
         memory = compile_lib.Memory(1, 2, rows, 3 + rows)
         times = planner.Times(1.0, 1.0, 0.0, 0.5, 0.0) if rows <= fitting else None
@@ -179,6 +180,17 @@ def test_the_largest_batch(monkeypatch, fitting: int) -> None:
     best = max(one.batch_size for one in tried if one.fits)
     assert best == fitting // 64 * 64
     assert len(tried) <= 8
+
+
+def test_the_largest_batch_of_a_run_that_accumulates_still_divides(monkeypatch) -> None:
+    monkeypatch.setattr(planner, "plan", plans(1000))
+    memory = dataclasses.replace(CHIPS["v5e"], memory=1000.0)
+    monkeypatch.setattr(planner, "describe", lambda name: planner.Topology(name, memory, (), 1))
+    experiment = config.Experiment(
+        data=config.Data(batch_size=96), train=config.Train(accumulate=3)
+    )
+    tried = planner.largest_batch(experiment, "toy", compiles=20)
+    assert max(one.batch_size for one in tried if one.fits) == 984  # of 24 rows each
 
 
 def test_columns_of_a_comparison() -> None:
@@ -214,7 +226,7 @@ def test_bad_input_is_one_line(words: list[str], says: str, capsys) -> None:
 
 @pytest.mark.parametrize(
     ("topology", "missing", "says"),
-    [("v5p:4x4x8", "libtpu", "m2jax[tpu]"), ("h100:8", "jax_cuda", "m2jax[cuda13]")],
+    [("v5p:4x4x8", "libtpu", "jax[tpu]"), ("h100:8", "jax_cuda", "jax[cuda13]")],
 )
 def test_a_missing_compiler_is_named(topology, missing, says, monkeypatch) -> None:
     find = importlib.util.find_spec

@@ -108,6 +108,67 @@ def test_a_poisoned_step_changes_nothing_and_many_rewind_then_stop(tmp_path, mon
     assert all(np.isnan(row["loss"]) for row in read_rows(tmp_path / "metrics.jsonl"))
 
 
+def test_a_rewind_passes_over_checkpoints_that_the_spike_led_to(tmp_path, monkeypatch):
+    """Steps 5, 6 and 7 are poisoned; 4 and 6 were saved: the run goes back to 2."""
+    cfg = toy.experiment(monkeypatch, guard=config.Guard(patience=3))
+    cfg = dataclasses.replace(cfg, checkpoint=config.Checkpoint(every=2, keep=9))
+    real, went = main.Loop.one, []
+
+    def one(self, step, state):
+        state, metrics, batch = real(self, step, state)
+        if step + 1 in (5, 6, 7):
+            skipped = jnp.asarray(step - 3, jnp.int32)
+            metrics = {**metrics, "skipped": skipped}
+        return state, metrics, batch
+
+    restore = main.Checkpoints.restore
+
+    def watched(self, abstract, *, until=None):
+        found = restore(self, abstract, until=until)
+        went.append((until, found and found.step))
+        return found
+
+    monkeypatch.setattr(main.Loop, "one", one)
+    monkeypatch.setattr(main.Checkpoints, "restore", watched)
+    assert main.run(cfg, tmp_path) == 0
+    assert went == [(None, None), (3, 2)]
+
+
+def test_validation_rows_come_from_the_steps_own_checkpoint(tmp_path, monkeypatch):
+    cfg = toy.experiment(monkeypatch, log_every=8)
+    cfg = dataclasses.replace(cfg, eval=config.Eval(suite="emoji", every=4))
+    asked = []
+
+    def run_suite(model, *, suite, **others):
+        asked.append(suite)
+        count = float(np.abs(model.params["text_embed"]).sum())
+        return main.Evaluation({"zero_shot/x/top1": count, "baseline/chance/x/top1": 1.0}, [])
+
+    monkeypatch.setattr(main, "run_suite", run_suite)
+    monkeypatch.setattr(main, "write_report", lambda *_: None)
+    main.run(cfg, tmp_path)
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    assert asked == ["emoji-validation", "emoji-validation", "emoji"]
+    assert [row["step"] for row in rows] == [4, 8]
+    assert all("baseline/chance/x/top1" not in row for row in rows)
+    for row in rows:
+        saved = load(tmp_path / "checkpoints" / str(row["step"])).params["text_embed"]
+        assert row["zero_shot/x/top1"] == float(np.abs(saved).sum())
+
+
+def test_a_start_that_fails_leaves_the_runs_config_alone(tmp_path, monkeypatch):
+    cfg = toy.experiment(monkeypatch, steps=2)
+    main.run(cfg, tmp_path)
+    before = (tmp_path / "config.json").read_text()
+    longer = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, steps=3))
+    broken = dataclasses.replace(longer, data=dataclasses.replace(cfg.data, name="nothing"))
+    with pytest.raises(UserError):
+        main.run(broken, tmp_path)
+    assert (tmp_path / "config.json").read_text() == before
+    main.run(longer, tmp_path)
+    assert config.from_json((tmp_path / "config.json").read_text()).train.steps == 3
+
+
 def test_a_skipped_step_keeps_every_parameter_and_moment_and_the_next_one_goes_on(monkeypatch):
     cfg = toy.experiment(monkeypatch)
     real = ImageTextTask.loss

@@ -52,15 +52,21 @@ def test_the_loss_is_the_papers_on_both_heads(monkeypatch, impl):
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
-def test_a_run_learns_its_biases_and_leaves_a_model_without_them(tmp_path, monkeypatch):
+def test_a_run_learns_its_biases_and_its_logits_have_the_right_one(tmp_path, monkeypatch):
     cfg = sigmoid(monkeypatch)
     main.run(cfg, tmp_path)
-    assert not {"logit_bias", "logit_vl_bias"} & set(load(tmp_path).params)
+    model = load(tmp_path)
+    assert not {"logit_bias", "logit_vl_bias"} & set(model.params)
     mesh = make_mesh(config.Mesh(), jax.devices()[:2])
     step = make_step(cfg, ImageTextTask(cfg, mesh), mesh)
     saved = main.Checkpoints(tmp_path, cfg, {}).restore(step.abstract_state)
     biases = [float(saved.state.params[name]) for name in ("logit_bias", "logit_vl_bias")]
     assert all(abs(bias + 3) > 1e-5 for bias in biases)
+    averaged = saved.state.ema
+    assert averaged["logit_vl_bias"] != averaged["logit_bias"]
+    rows = np.eye(2, 8, dtype=np.float32)
+    expected = np.exp(averaged["logit_vl_scale"]) * np.eye(2) + averaged["logit_vl_bias"]
+    np.testing.assert_allclose(model.logits(rows, rows), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("other", [{"form": "sigmoid"}, {"mask_same_caption": True}])
