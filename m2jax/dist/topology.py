@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental import topologies
 
+from m2jax import machine_name
 from m2jax.config import UserError
 from m2jax.dist import gpu_target
 from m2jax.dist.host import no_tpu
@@ -100,7 +101,6 @@ KNOWN = (
 )
 # Two cores of a v4 chip work as one device; libtpu describes them apart unless told.
 MEGACORE: Mapping[str, dict[str, str]] = {"v4": {"chip_config_name": "megacore"}}
-_NAME = re.compile(r"(?:(\d+)\*)?([a-z0-9]+):(\d+(?:x\d+)*)")
 
 
 class Topology(NamedTuple):
@@ -118,16 +118,15 @@ def describe(name: str) -> Topology:
     Raises:
         UserError: an unknown name, a shape that does not exist, or a compiler that is missing.
     """
-    match = _NAME.fullmatch(name)
-    if not match or match[2] not in CHIPS or match[1] == "0":
+    parts = machine_name.split(name)
+    if parts is None or parts.kind not in CHIPS:
         raise UserError(f"--topology {name}: no such machine: use one of {KNOWN}")
-    chip, slices = CHIPS[match[2]], int(match[1] or 1)
-    shape = [int(size) for size in match[3].split("x")]
+    chip, slices = CHIPS[parts.kind], parts.slices or 1
     if chip.platform == "tpu":
-        return Topology(name, chip, _tpu(name, chip, match[3], slices), slices)
-    if match[1] or len(shape) > 2 or min(shape) < 1:
+        return Topology(name, chip, _tpu(name, chip, parts.shape, slices), slices)
+    if parts.slices or len(parts.sizes) > 2:
         raise UserError(f"--topology {name}: GPUs come as {chip.kind}:HOSTSxGPUS: write h100:32x8")
-    hosts, each = (1, *shape)[-2:]
+    hosts, each = (1, *parts.sizes)[-2:]
     return Topology(name, chip, _gpu(name, chip, hosts, each), 1)
 
 

@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from m2jax import machine_name
 from m2jax.config import UserError
+from m2jax.machine_name import MachineName
 
 # Chips of a slice -> its usual shape. Where chips form a cube there are others of the same size.
 FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
@@ -59,7 +61,6 @@ HOST_CHIPS = 4  # of a TPU host, but for the one-chip slice
 GPUS = ("h100", "h200", "gpu")  # "gpu" is any other
 EXAMPLES = "v5p:4x4x8, 2*v6e:16x16 (two slices), h100:32x8 (hosts x GPUs), gpu:2x4 (any other GPU)"
 
-_NAME = re.compile(r"(?:(\d+)\*)?([a-z0-9]+):(\d+(?:x\d+)*)")
 _ARGUMENT = re.compile(r"([a-z0-9]+)-(\d+)")
 
 
@@ -127,25 +128,23 @@ def parse(name: str) -> Machine:
     Raises:
         UserError: no such machine.
     """
-    match = _NAME.fullmatch(name)
-    if not match or (match[2] not in TPUS and match[2] not in GPUS):
+    parts = machine_name.split(name)
+    if parts is None or (parts.kind not in TPUS and parts.kind not in GPUS):
         raise UserError(f"--topology {name}: no such machine: use one like {EXAMPLES}")
-    kind, slices = match[2], int(match[1] or 1)
-    sizes = [int(size) for size in match[3].split("x")]
-    if slices < 1 or min(sizes) < 1:
-        raise UserError(f"--topology {name}: sizes must be at least 1")
+    kind = parts.kind
     if kind in TPUS:
-        return _slices(name, kind, sizes, slices)
-    if match[1] or len(sizes) > 2:
+        return _slices(name, parts)
+    if parts.slices or len(parts.sizes) > 2:
         raise UserError(f"--topology {name}: GPUs come as {kind}:HOSTSxGPUS: write {kind}:32x8")
-    hosts, each = (1, *sizes)[-2:]
+    hosts, each = (1, *parts.sizes)[-2:]
     return Machine(platform="gpu", kind=kind, hosts=hosts, host_chips=each)
 
 
-def _slices(name: str, kind: str, sizes: list[int], slices: int) -> Machine:
-    tpu, chips = TPUS[kind], math.prod(sizes)
-    shape = "x".join(map(str, sizes))
-    large = len(sizes) == 3 and all(size % 4 == 0 for size in sizes) and sizes == sorted(sizes)
+def _slices(name: str, parts: MachineName) -> Machine:
+    tpu, sizes, shape = TPUS[parts.kind], parts.sizes, parts.shape
+    chips = math.prod(sizes)
+    rising = list(sizes) == sorted(sizes)
+    large = len(sizes) == 3 and all(size % 4 == 0 for size in sizes) and rising
     there = shape in tpu.shapes.values() or (tpu.shapes is CUBE and large and chips <= tpu.most)
     if not there:
         more = ", or AxBxC of multiples of 4, rising" if tpu.shapes is CUBE else ""
@@ -154,7 +153,12 @@ def _slices(name: str, kind: str, sizes: list[int], slices: int) -> Machine:
         )
     each = min(chips, HOST_CHIPS)
     return Machine(
-        platform="tpu", kind=kind, shape=shape, slices=slices, hosts=chips // each, host_chips=each
+        platform="tpu",
+        kind=parts.kind,
+        shape=shape,
+        slices=parts.slices or 1,
+        hosts=chips // each,
+        host_chips=each,
     )
 
 
