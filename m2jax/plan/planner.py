@@ -15,6 +15,7 @@ from m2jax.plan import contrast, flops, hlo, loops, schedule, traffic
 from m2jax.plan.collectives import Collective
 from m2jax.plan.compile import Compiled, Memory, compile_step, silent
 from m2jax.plan.contrast import Cost
+from m2jax.plan.hot import Hot, hottest
 from m2jax.plan.schedule import Times
 
 
@@ -42,6 +43,7 @@ class Plan:
     contrastive: tuple[Cost, ...] = ()  # each form of the loss, compiled alone, where asked for
     times: Times | None = None  # None where the step does not fit
     checks: Checks | None = None
+    hot: tuple[Hot, ...] = ()  # where the compute goes, most first
 
     @property
     def chips(self) -> int:
@@ -142,6 +144,7 @@ def _account(result: Plan, compiled: Compiled) -> Plan:
         collectives=tuple(found.values()),
         times=times,
         checks=checks,
+        hot=tuple(hottest(module, visits, result.topology.chip, found)),
     )
 
 
@@ -259,6 +262,7 @@ def as_json(one: Plan) -> dict[str, Any]:
         "mfu": one.mfu if one.times else None,
         "mfu_compute_only": one.mfu_compute_only if one.times else None,
         "checks": one.checks._asdict() if one.checks else None,
+        "hot": [hot._asdict() for hot in one.hot[:30]],
         "contrastive": [cost._asdict() for cost in one.contrastive],
         "compile_seconds": one.compile_seconds,
     }

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from m2jax.plan.planner import Plan
 
 GIB = 2**30
+SHOWN = 10  # origins of compute
 
 MODEL = """\
 Modelled, not measured: the compiler's schedule played back. Compute takes libtpu's cycle estimates
@@ -45,8 +46,21 @@ def table(plans: Sequence[Plan], titles: Sequence[str]) -> str:
             f"The clock of {chip.kind} is assumed ({chip.clock / 1e9:.2f} GHz): its seconds "
             "compare programs, no more."
         )
-    losses = [line for plan in plans[:1] for line in _losses(plan)]
-    return "\n".join([*(line.rstrip() for line in lines), *losses, "", *notes])
+    more = [*_hot(plans[0]), *_losses(plans[0])]
+    return "\n".join([*(line.rstrip() for line in lines), *more, "", *notes])
+
+
+def _hot(plan: Plan) -> list[str]:
+    """The instructions that take longest, and how near to the roofline they run."""
+    if not plan.hot or plan.times is None:
+        return []
+    lines = ["", "longest in compute, of the first column:", f"  {'share':>6} {'of roofline':>12}"]
+    for hot in plan.hot[:SHOWN]:
+        share, bound = hot.seconds / plan.times.compute, hot.bound(plan.topology.chip)
+        lines.append(f"  {share:6.1%} {bound:12.0%}  {hot.origin}")
+    rest = sum(hot.seconds for hot in plan.hot[SHOWN:]) / plan.times.compute
+    lines.append(f"  {rest:6.1%} {'':12}  {max(len(plan.hot) - SHOWN, 0)} others")
+    return lines
 
 
 def _losses(plan: Plan) -> list[str]:

@@ -79,7 +79,7 @@ class _Player:
                 communication += inner.communication
                 unestimated += inner.unestimated
             else:
-                seconds, estimated = self._seconds(computation, instruction)
+                seconds, estimated = seconds_of(self.module, computation, instruction, self.chip)
                 now += seconds
                 compute += seconds
                 unestimated += 0.0 if estimated else seconds
@@ -106,18 +106,19 @@ class _Player:
                     return self.collectives[inner.name]
         return None
 
-    def _seconds(
-        self, computation: hlo.Computation, instruction: hlo.Instruction
-    ) -> tuple[float, bool]:
-        """Duration of an instruction and whether the compiler estimated it."""
-        if instruction.opcode in FREE:
-            return 0.0, True
-        cycles = instruction.cycles
-        if cycles is not None and cycles < NO_ESTIMATE and self.chip.clock:
-            return cycles / self.chip.clock, True
-        work = flops.instruction_flops(self.module, computation, instruction)
-        moved = traffic.moved(self.module, computation, instruction)
-        return max(work / self.chip.peak_flops, moved / self.chip.memory_rate), False
+
+def seconds_of(
+    module: hlo.Module, computation: hlo.Computation, instruction: hlo.Instruction, chip: Chip
+) -> tuple[float, bool]:
+    """Duration of one run of an instruction, and whether the compiler estimated it."""
+    if instruction.opcode in FREE:
+        return 0.0, True
+    cycles = instruction.cycles
+    if cycles is not None and cycles < NO_ESTIMATE and chip.clock:
+        return cycles / chip.clock, True
+    work = flops.instruction_flops(module, computation, instruction)
+    moved = traffic.moved(module, computation, instruction)
+    return max(work / chip.peak_flops, moved / chip.memory_rate), False
 
 
 FREE = {
