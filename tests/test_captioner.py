@@ -14,6 +14,8 @@ from m2jax.models.generate import Search
 from m2jax.train import main
 from tests.train import toy
 
+pytestmark = pytest.mark.slow
+
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
 WORDS = {"red": ("word1 word2", "word7"), "green": ("word3", "word8 word9"), "blue": ("word5",) * 2}
 

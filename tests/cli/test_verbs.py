@@ -66,7 +66,9 @@ class FakeBundle:
 @pytest.fixture
 def bundle(install: Install) -> FakeBundle:
     fake = FakeBundle()
-    install("m2jax.bundle", load=lambda path: fake)
+    run = config.Experiment(data=config.Data(hold_out_styles=("noto",)))
+    saved = SimpleNamespace(experiment=run)
+    install("m2jax.bundle", load=lambda path: fake, read_saved=lambda path: saved)
     return fake
 
 
@@ -117,7 +119,8 @@ def test_eval_scores_and_writes(bundle: FakeBundle, install: Install, tmp_path: 
     out = tmp_path / "scores.json"
     words = ["eval", "--model", "m", "--suite", "s", "--data", "d", "--languages", "zh"]
     assert main([*words, "--json", str(out)]) == 0
-    assert calls == [(bundle, {"suite": "s", "data_dir": "d", "languages": ("zh",)})]
+    asked = {"suite": "s", "data_dir": "d", "languages": ("zh",), "hold_out_styles": ("noto",)}
+    assert calls == [(bundle, asked)]
     assert json.loads(out.read_text()) == {"a": 1.0, "b": 0.5}
     assert main([*words[:-1], ",", "--json", str(out)]) == 2
 

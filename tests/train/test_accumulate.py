@@ -37,6 +37,7 @@ def plain(monkeypatch, contrastive=None, **train):
     return dataclasses.replace(cfg, loss=loss)
 
 
+@pytest.mark.slow
 def test_four_micro_batches_are_one_batch(monkeypatch):
     whole, kernel = steps(plain(monkeypatch))
     parts, same_kernel = steps(plain(monkeypatch, accumulate=4))

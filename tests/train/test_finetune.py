@@ -127,7 +127,7 @@ def test_tuning_beats_zero_shot_on_a_held_out_slice(trained, tmp_path):
     assert after > zero_shot + 0.3, (zero_shot, after)
 
 
-@pytest.mark.parametrize("tower", ["image", "text"])
+@pytest.mark.parametrize("tower", ["text", pytest.param("image", marks=pytest.mark.slow)])
 def test_a_frozen_towers_features_stay_bit_for_bit(trained, tmp_path, tower):
     tsv = write(tmp_path / "own", 1, 3, inverted=True)
     tuned = config.Finetune(init=str(trained), freeze=tower)
@@ -160,6 +160,7 @@ def test_no_step_is_the_source_and_the_line_says_all(trained, tmp_path, capsys):
     assert line in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_biases_of_the_sigmoid_loss_are_named_as_fresh(trained, tmp_path):
     tsv = write(tmp_path / "own", 1, 3, inverted=True)
     cfg = run_config(tsv, 2, model=OPEN, finetune=config.Finetune(init=str(trained)))
@@ -186,6 +187,7 @@ def test_fresh_heads_are_named_and_may_have_another_size(trained, tmp_path):
         origin.adopt(dataclasses.replace(cfg, finetune=config.Finetune(init=str(trained))))
 
 
+@pytest.mark.slow
 def test_a_changed_resolution_interpolates_positions(trained, tmp_path):
     tsv = write(tmp_path / "own", 1, 3, inverted=True)
     larger = dataclasses.replace(OPEN, image_size=32)
@@ -324,6 +326,7 @@ def test_layer_decay_scales_the_whole_update(trained, tmp_path):
     np.testing.assert_array_equal(moved[1]["b"]["kernel"], moved[0]["b"]["kernel"])
 
 
+@pytest.mark.slow
 def test_the_command_line_starts_from_a_model(trained, tmp_path, capsys):
     from m2jax.cli.main import main as cli
 

@@ -196,6 +196,7 @@ def test_a_skipped_step_keeps_every_parameter_and_moment_and_the_next_one_goes_o
     assert any(jax.tree.leaves(moved))
 
 
+@pytest.mark.slow
 def test_rows_past_the_restored_step_and_torn_lines_are_dropped(tmp_path, monkeypatch):
     cfg = toy.experiment(monkeypatch)
     main.run(dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, steps=3)), tmp_path)

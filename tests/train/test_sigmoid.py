@@ -52,6 +52,7 @@ def test_the_loss_is_the_papers_on_both_heads(monkeypatch, impl):
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_run_learns_its_biases_and_its_logits_have_the_right_one(tmp_path, monkeypatch):
     cfg = sigmoid(monkeypatch)
     main.run(cfg, tmp_path)

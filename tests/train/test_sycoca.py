@@ -158,6 +158,7 @@ def test_masks_have_the_ratio_and_the_direction(wide, monkeypatch, which):
             assert set(np.flatnonzero(chosen)) == set(order[-4:] if which == "high" else order[:4])
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_differences(wide, monkeypatch):
     cfg = experiment(monkeypatch, caption={"patches": "high", "ratio": 0.5})
     task, params, batch = setting(cfg)
@@ -187,6 +188,7 @@ def test_eight_devices_equal_one(monkeypatch):
     np.testing.assert_allclose(found[1], found[0], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_learns_and_leaves_an_encoder_that_loads(tmp_path, monkeypatch):
     real = toy.ToySource.batch
     monkeypatch.setattr(toy.ToySource, "batch", lambda self, _, rows: real(self, 0, rows))
