@@ -4,7 +4,7 @@
 import pytest
 
 from m2jax.dist.topology import CHIPS, Topology
-from m2jax.plan import hlo, schedule, traffic
+from m2jax.plan import hlo, hot, loops, schedule, traffic
 from m2jax.plan.collectives import Collective
 
 CHIP = CHIPS["v5p"]  # 1.75 GHz: 1.75e6 cycles are a millisecond
@@ -68,6 +68,27 @@ def test_async_overlaps_and_sync_waits(work_ms: int, gather_ms: int, total_ms: i
     assert times.communication == pytest.approx((10 * gather_ms + 5) / 1e3)
     assert times.floor == pytest.approx(1e-3)
     assert times.unestimated < 1e-9  # the counter
+
+
+def test_the_longest_instructions_add_up_and_go_by_their_origin() -> None:
+    """Loops count their trips, collectives none; a fusion goes by the product inside it."""
+    text = PROGRAM.replace("CYCLES", "3500000").replace(
+        "  ROOT %sin = f32[64] sine(%q)\n",
+        "  %d = f32[] dot(%q, %q), lhs_contracting_dims={0}, rhs_contracting_dims={0}, "
+        'metadata={op_name="jit(step)/transpose(jvp(while))/body/blocks/fc1/dot_general"}\n'
+        "  ROOT %sin = f32[64] sine(%q)\n",
+    )
+    module = hlo.parse(text)
+    found = {"ag": collective("ag", 2e-3, 10), "sum": collective("sum", 5e-3, 1)}
+    first, *rest = hot.hottest(module, loops.walk(module), CHIP, found)
+    assert (first.origin, first.runs) == ("backward blocks/fc1/dot_general", 10)
+    assert first.seconds == pytest.approx(10 * 2e-3)
+    assert first.flops == 10 * 2 * 64
+    assert first.bytes == 10 * (256 + 256)
+    best = 512 / CHIP.memory_rate
+    assert first.bound(CHIP) == pytest.approx(best / 2e-3)
+    compute = schedule.play(module, CHIP, found, 0.0).compute
+    assert first.seconds + sum(one.seconds for one in rest) == pytest.approx(compute)
 
 
 def test_two_collectives_share_the_links() -> None:
