@@ -15,12 +15,14 @@ def add_parser(subparsers: Any) -> None:
     """Declares the verb."""
     parser = subparsers.add_parser(
         "eval",
-        help="score a model: zero-shot classification and retrieval",
-        description="Scores a model. Shares are between 0 and 1.",
+        help="score a model: zero-shot classification, retrieval, captions",
+        description="Scores a model. Shares are between 0 and 1, CIDEr between 0 and 10.",
         allow_abbrev=False,
     )
     parser.add_argument("--model", required=True, type=Path, help="a model or work directory")
-    parser.add_argument("--suite", default="emoji", help="what to score (default: emoji)")
+    parser.add_argument(
+        "--suite", default="emoji", help="emoji, emoji-scenes or emoji-validation (default: emoji)"
+    )
     parser.add_argument("--data", default="", help="where the data sets are (default: the cache)")
     parser.add_argument("--languages", default="en,zh", help="comma-separated (default: en,zh)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
@@ -29,7 +31,6 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Scores, prints the table, writes the figures."""
-    from m2jax import bundle
     from m2jax.config import UserError
     from m2jax.dist.host import load_devices
     from m2jax.eval import runner
@@ -40,8 +41,9 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         files.check_parent(args.json, "--json")
     load_devices()
+    model, writer = runner.opened(args.model)
     metrics = runner.evaluate(
-        bundle.load(args.model), suite=args.suite, data_dir=args.data, languages=languages
+        model, suite=args.suite, data_dir=args.data, languages=languages, writer=writer
     )
     if args.json:
         text = json.dumps(metrics, indent=1, sort_keys=True) + "\n"

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from m2jax.bundle import load
 from m2jax.checkpoint.manager import Checkpoints
 from m2jax.config import Experiment, UserError
 from m2jax.config_dual import Architecture, Dual
@@ -21,7 +20,7 @@ from m2jax.dist.preemption import Preemption
 from m2jax.dist.sharding import batch_sharding
 from m2jax.dist.topology import chip_of
 from m2jax.eval.report import write_report
-from m2jax.eval.runner import run_suite, table, write_metrics
+from m2jax.eval.runner import opened, run_suite, table, write_metrics
 from m2jax.obs.goodput import Goodput
 from m2jax.obs.metrics import MetricWriter, read_rows
 from m2jax.obs.profile import Profiler
@@ -203,13 +202,15 @@ def begin(step: Step, origin: Origin | None, task: Task, mesh: Mesh, workdir: Pa
 
 def score(workdir: Path, experiment: Experiment) -> None:
     """Scores the newest checkpoint and leaves ``metrics.json`` and ``report.html``."""
+    model, writer = opened(workdir)
     evaluation = run_suite(
-        load(workdir),
+        model,
         suite=experiment.eval.suite,
         data_dir=experiment.data.dir,
         languages=experiment.data.languages,
         batch_size=experiment.eval.batch_size,
         hold_out_styles=experiment.data.hold_out_styles,
+        writer=writer,
     )
     rows = read_rows(workdir / "metrics.jsonl")
     seconds = rows[-1].get("seconds", 0.0) if rows else 0.0
