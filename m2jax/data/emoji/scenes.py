@@ -162,6 +162,11 @@ class SceneBatches:
             raise UserError(f"model.image_size={size}: scenes have {GRID} pixels: use a divisor")
         if cfg.views != 1:
             raise UserError(f"data.views={cfg.views}: a scene is drawn once: set it to 1")
+        if cfg.augment.flip:
+            raise UserError(
+                f"data.augment.flip={cfg.augment.flip}: a mirrored scene belies its caption: set "
+                "it to 0"
+            )
         self._data, self._cfg, self._size, self._seed = data, cfg, size, seed
         self._drawings = data.drawings("train", hold_out_styles=cfg.hold_out_styles)
         self._tokenizer = tokenizer
