@@ -217,10 +217,10 @@ def _scenes_table(metrics: dict[str, float]) -> str:
     for stem in sorted({k.rpartition("/")[0] for k in metrics if k.startswith("scenes/")}):
         cells = [_cell(metrics, f"{stem}/{name}") for name in SCENE_COLUMNS]
         lines.append(f"{stem.removeprefix('scenes/'):16}" + "".join(f"{c:>21}" for c in cells))
-    for key in sorted(k for k in metrics if k.startswith("baseline/chance/scenes/")):
-        lines.append(
-            f"by chance: {key.removeprefix('baseline/chance/scenes/')} {_cell(metrics, key)}"
-        )
+    for kind, said in (("chance", "by chance"), ("any_drawing", "pointing at any drawing")):
+        stem = f"baseline/{kind}/scenes/"
+        for key in sorted(k for k in metrics if k.startswith(stem)):
+            lines.append(f"{said}: {key.removeprefix(stem)} {_cell(metrics, key)}")
     return "\n".join(line.rstrip() for line in lines)
 
 

@@ -109,7 +109,11 @@ def score_style(
     guessed = [baselines.chance(len(shown.scenes), k) for k in KS]
     found[f"{chance}/mean_recall"] = float(np.mean(guessed))
     if grid:
-        found[f"{chance}/pointing"] = float(np.mean(targets(shown.scenes, grid).on.mean(1)))
+        asked = targets(shown.scenes, grid)
+        found[f"{chance}/pointing"] = float(np.mean(asked.on.mean(1)))
+        # What one gets who tells drawings from the empty ground and no more.
+        any_drawing = asked.on.sum(1) / asked.drawn.sum(1)
+        found[f"baseline/any_drawing/scenes/{name}/pointing"] = float(np.mean(any_drawing))
     return found
 
 
@@ -165,6 +169,7 @@ class Targets(NamedTuple):
     scene: np.ndarray  # of each row
     item: list[int]  # of that scene: the first drawing that bears the name
     on: Bool[np.ndarray, "rows patches"]  # patches whose middle lies on a drawing of that name
+    drawn: Bool[np.ndarray, "rows patches"]  # or on any drawing of the scene
 
 
 def targets(scenes: Sequence[Scene], grid: int) -> Targets:
@@ -173,21 +178,25 @@ def targets(scenes: Sequence[Scene], grid: int) -> Targets:
     A drawing that holds no patch's middle cannot be pointed at and is left out.
     """
     middles = (np.arange(grid) + 0.5) * scenes_lib.GRID / grid
-    rows, items, places = [], list[int](), []
+
+    def covered(boxes: Sequence[tuple[int, int, int, int]]) -> np.ndarray:
+        on = np.zeros((grid, grid), np.bool_)
+        for left, top, right, bottom in boxes:
+            across = (left <= middles) & (middles < right)
+            on |= ((top <= middles) & (middles < bottom))[:, None] & across
+        return on.reshape(-1)
+
+    rows, items, places, drawn = [], list[int](), [], []
     for number, scene in enumerate(scenes):
-        drawn = [item.drawing for item in scene.items]
-        for place in sorted({drawn.index(drawing) for drawing in drawn}):
-            on = np.zeros((grid, grid), np.bool_)
-            for item in scene.items:
-                if item.drawing == drawn[place]:
-                    left, top, right, bottom = item.box
-                    across = (left <= middles) & (middles < right)
-                    on |= ((top <= middles) & (middles < bottom))[:, None] & across
+        shown = [item.drawing for item in scene.items]
+        for place in sorted({shown.index(drawing) for drawing in shown}):
+            on = covered([i.box for i in scene.items if i.drawing == shown[place]])
             if on.any():
                 rows.append(number)
                 items.append(place)
-                places.append(on.reshape(-1))
-    return Targets(np.array(rows), items, np.stack(places))
+                places.append(on)
+                drawn.append(covered([item.box for item in scene.items]))
+    return Targets(np.array(rows), items, np.stack(places), np.stack(drawn))
 
 
 def _pointing(

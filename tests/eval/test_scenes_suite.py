@@ -122,6 +122,20 @@ def test_chance_of_pointing_is_the_share_of_the_picture():
     assert low < chance < high
 
 
+def test_who_tells_drawings_from_the_ground_alone_is_right_by_their_share():
+    class Ground(Oracle):
+        def encode_patches(self, pixels):
+            drawn = super().encode_patches(pixels).any(-1, keepdims=True)
+            noise = np.random.default_rng(0).random((*drawn.shape[:2], 200))
+            return np.where(drawn, 1 + noise, 0)
+
+    _, found = scored(Ground, count=150)
+    expected = found["baseline/any_drawing/scenes/s/pointing"]
+    assert expected > 1.5 * found["baseline/chance/scenes/s/pointing"]
+    low, high = (found[f"scenes/s/en/pointing_{end}"] for end in ("low", "high"))
+    assert low < expected < high
+
+
 def test_a_model_that_takes_columns_for_rows_points_worse():
     class Transposed(Oracle):
         def encode_patches(self, pixels):
@@ -162,6 +176,8 @@ def test_targets_are_the_patches_whose_middle_a_drawing_covers():
     assert found.item == [0, 1]
     assert np.flatnonzero(found.on[0]).tolist() == [0, 1]
     assert np.flatnonzero(found.on[1]).tolist() == [11, 15]
+    for row in found.drawn:
+        assert np.flatnonzero(row).tolist() == [0, 1, 11, 15]
     found = suite.targets([two], 8)
     assert np.flatnonzero(found.on[0]).tolist() == [0, 63]  # all drawings of a name count
 
