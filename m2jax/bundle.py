@@ -34,7 +34,7 @@ from m2jax.dist.sharding import AxisRules
 from m2jax.models import layers
 from m2jax.models import params as params_lib
 from m2jax.models.dual import DualEncoder
-from m2jax.models.m2 import M2Encoder
+from m2jax.models.m2 import M2Encoder, unit
 from m2jax.models.params import Params
 
 SIGMOID_BIAS = "logit_vl_bias"  # that a run with the sigmoid loss trained beside the vl features
@@ -61,6 +61,27 @@ class Bundle:
     ) -> Float[Array, "batch dim"]:
         """Features of RGB images in [0, 1]; unit rows."""
         return _image_features(self.graph, self.params, jnp.asarray(pixels))
+
+    @property
+    def patch_grid(self) -> int:
+        """Patches of a side that ``encode_patches`` gives; 0: the family has none."""
+        cfg = self.config
+        return 0 if isinstance(cfg, Dual) else cfg.image_size // cfg.patch_size
+
+    def encode_patches(
+        self, pixels: Float[Array, "batch height width 3"] | Float[np.ndarray, "batch h w 3"]
+    ) -> Float[Array, "batch patches dim"]:
+        """Features of each patch in the space of the texts, row by row; unit rows.
+
+        Those are the image head's maps of the patch tokens, which the head was trained for on [CLS]
+        alone: what they tell is to be measured (``eval/scenes.py``), not taken for granted.
+
+        Raises:
+            UserError: a model of another family.
+        """
+        if not self.patch_grid:
+            raise UserError(f"{self.config.name}: has no patch features: use an M2-Encoder")
+        return _patch_features(self.graph, self.params, jnp.asarray(pixels))
 
     def encode_text(
         self,
@@ -108,6 +129,12 @@ class Bundle:
 @functools.partial(jax.jit, static_argnums=0)
 def _image_features(graph: nnx.GraphDef, params: Params, pixels: jax.Array) -> jax.Array:
     return params_lib.bind(graph, params).encode_image(pixels).features
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _patch_features(graph: nnx.GraphDef, params: Params, pixels: jax.Array) -> jax.Array:
+    model = params_lib.bind(graph, params)
+    return unit(model.image_vl_head(model.encode_image(pixels).vl.tokens[:, 1:]))
 
 
 @functools.partial(jax.jit, static_argnums=0)

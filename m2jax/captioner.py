@@ -94,6 +94,14 @@ def _write(graphs, params, pixels, language, rng, search, end, vocab_size) -> ge
     )
 
 
+def can_write(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is a run of ours whose model has a caption head."""
+    directory = Path(path)
+    checkpoint = bundle_lib.checkpoint_of(directory) if directory.is_dir() else None
+    experiment = manager.read_bundle(checkpoint).experiment if checkpoint else None
+    return experiment is not None and experiment.loss.caption.weight > 0
+
+
 def load_captioner(path: str | os.PathLike[str], *, dtype: str = "float32") -> Captioner:
     """Loads a model that was trained with ``loss.caption.weight``.
 

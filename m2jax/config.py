@@ -190,12 +190,54 @@ class MaskedImage:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MaskedText:
+    """Cross-modal masked language modelling (CMLM): whole words, from the image and the others."""
+
+    weight: float = 0.0  # 0: no such head
+    ratio: float = 0.5  # share of a text's words that are masked (the release's mvlm_prob)
+    positions: int = 8  # tokens of a text whose logits exist at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedTokens:
+    """Cross-modal masked image modelling (CMIM): the visual tokens of masked patches."""
+
+    weight: float = 0.0  # 0: no such head
+    ratio: float = 0.41  # share of the patches that are masked (the release's 80 of 196)
+    tokenizer: str = ""  # work directory of a run with loss.visual_tokenizer, which made the tokens
+    positions: int = 32  # patches of an image whose logits exist at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisualTokenizer:
+    """The tokenizer of CMIM (BEiT v2's VQ-KD). With a weight the run trains it and nothing else."""
+
+    weight: float = 0.0  # 1: train it; it learns from the features of the model named by --init
+    target: str = "features"  # that the decoder must tell: features (of that model) | pixels
+    codes: int = 8192
+    code_dim: int = 32
+    width: int = 0  # of encoder and decoder; 0: the model's
+    heads: int = 0  # 0: the model's
+    encoder_layers: int = 0  # 0: as many as the model has
+    decoder_layers: int = 1
+    commitment: float = 1.0  # weight of the distances between patches and their codes
+
+
+@dataclass(frozen=True, kw_only=True)
 class Loss:
-    """The objectives of the run; SyCoCa is all three, CoCa the first two with all patches."""
+    """The objectives of the run.
+
+    SyCoCa is contrastive, caption and masked_image; CoCa the first two with all patches; M2 is
+    contrastive, masked_text and masked_tokens.
+    """
 
     contrastive: Contrastive = field(default_factory=Contrastive)
     caption: Caption = field(default_factory=Caption)
     masked_image: MaskedImage = field(default_factory=MaskedImage)
+    masked_text: MaskedText = field(default_factory=MaskedText)
+    masked_tokens: MaskedTokens = field(default_factory=MaskedTokens)
+    visual_tokenizer: VisualTokenizer = field(default_factory=VisualTokenizer)
+    joint_vl: str = "split"  # vl weights of image + text sequences: split (A and B) | A | B
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``load``: every kind of folder, from here or from the Hub, and nothing that is none."""
 
+import dataclasses
 import fnmatch
 import sys
 import types
@@ -17,6 +18,7 @@ from m2jax.data.image import Preprocess
 from m2jax.dist.mesh import make_mesh
 from m2jax.models import params as params_lib
 from tests.checkpoint.convert import m2_files
+from tests.models.dual_toys import TOYS
 
 IDS, MASK = np.array([[7, 3, 5, 1, 0, 0]]), np.array([[1, 1, 1, 1, 0, 0]])
 
@@ -163,3 +165,23 @@ def test_never_random_weights(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="holds no checkpoint"):
         m2jax.load(tmp_path)
+
+
+def test_patch_features_are_the_image_heads_of_the_patch_tokens_in_reading_order(model):
+    bundle = m2jax.load(model)
+    side, patch = bundle.config.image_size, bundle.config.patch_size
+    assert bundle.patch_grid == side // patch
+    pixels = np.random.default_rng(0).random((2, side, side, 3), np.float32)
+    found = np.asarray(bundle.encode_patches(pixels))
+    tokens = np.asarray(bundle.model.encode_image(pixels).vl.tokens)[:, 1:]
+    features = tokens @ np.asarray(bundle.params["image_vl_head"]["kernel"])
+    features /= np.linalg.norm(features, axis=-1, keepdims=True)
+    np.testing.assert_allclose(found, features, atol=2e-6)
+    assert found.shape[1] == bundle.patch_grid**2
+
+
+def test_a_model_of_another_family_has_no_patch_features(model):
+    other = dataclasses.replace(m2jax.load(model), config=TOYS["clip"])
+    assert other.patch_grid == 0
+    with pytest.raises(UserError, match="has no patch features: use an M2-Encoder"):
+        other.encode_patches(np.zeros((1, 16, 16, 3), np.float32))

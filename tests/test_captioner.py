@@ -8,8 +8,10 @@ import pytest
 from PIL import Image
 
 from m2jax import config
-from m2jax.captioner import load_captioner
+from m2jax.captioner import can_write, load_captioner
 from m2jax.config import UserError
+from m2jax.eval import runner
+from m2jax.eval.scenes import PatchEncoder
 from m2jax.models.generate import Search
 from m2jax.train import main
 from tests.train import toy
@@ -83,3 +85,14 @@ def test_what_it_cannot_do_is_said_in_one_line(workdir, tmp_path, monkeypatch):
     main.run(toy.experiment(monkeypatch, steps=1), tmp_path / "plain")
     with pytest.raises(UserError, match=r"plain: has no caption head: train with loss\.caption"):
         load_captioner(tmp_path / "plain")
+    assert runner.opened(tmp_path / "plain")[1] is None
+
+
+def test_an_evaluation_is_given_what_writes_the_captions_of_its_model(workdir, tmp_path):
+    model, writer = runner.opened(workdir)
+    assert isinstance(writer, runner.Writer)
+    assert isinstance(model, PatchEncoder)
+    assert writer.languages == ("en", "zh")
+    assert writer.bundle is model
+    assert writer([Image.new("RGB", (16, 16), COLOURS["red"])], language="zh") == ["word7"]
+    assert not can_write("hf:owner/name")

@@ -15,14 +15,16 @@ def add_parser(subparsers: Any) -> None:
     """Declares the verb."""
     parser = subparsers.add_parser(
         "eval",
-        help="score a model: zero-shot classification and retrieval",
-        description="Scores a model. Shares are between 0 and 1.",
+        help="score a model: zero-shot classification, retrieval, captions",
+        description="Scores a model. Shares are between 0 and 1, CIDEr between 0 and 10.",
         allow_abbrev=False,
     )
     parser.add_argument(
         "--model", required=True, help="a model or work directory, hf:OWNER/NAME, s3://..."
     )
-    parser.add_argument("--suite", default="emoji", help="what to score (default: emoji)")
+    parser.add_argument(
+        "--suite", default="emoji", help="emoji, emoji-scenes or emoji-validation (default: emoji)"
+    )
     parser.add_argument("--data", default="", help="where the data sets are (default: the cache)")
     parser.add_argument("--languages", default="en,zh", help="comma-separated (default: en,zh)")
     parser.add_argument(
@@ -51,12 +53,14 @@ def run(args: argparse.Namespace) -> int:
     held_out = tuple(part for part in args.hold_out_styles.split(",") if part)
     if not held_out and (saved := bundle.read_saved(args.model)) and saved.experiment:
         held_out = saved.experiment.data.hold_out_styles
+    model, writer = runner.opened(args.model)
     metrics = runner.evaluate(
-        bundle.load(args.model),
+        model,
         suite=args.suite,
         data_dir=args.data,
         languages=languages,
         hold_out_styles=held_out,
+        writer=writer,
     )
     if args.json:
         text = json.dumps(metrics, indent=1, sort_keys=True) + "\n"

@@ -36,9 +36,9 @@ class GLMTokenizer:
 
     def __init__(self, model: bytes, max_len: int) -> None:
         self.model, self.max_len = model, max_len
-        self._processor = open_model(model)
-        self._ids = {piece: self._processor.piece_to_id(piece) for piece in (END, CLS, MASK, UNK)}
-        missing = [p for p, i in self._ids.items() if i == self._processor.unk_id()]
+        self.processor = open_model(model)
+        self._ids = {piece: self.processor.piece_to_id(piece) for piece in (END, CLS, MASK, UNK)}
+        missing = [p for p, i in self._ids.items() if i == self.processor.unk_id()]
         if missing:
             raise UserError(
                 f"tokenizer: has no piece {missing[0]}, so it is not GLM's: "
@@ -48,7 +48,7 @@ class GLMTokenizer:
     @property
     def vocab_size(self) -> int:
         """Number of pieces."""
-        return self._processor.vocab_size()
+        return self.processor.vocab_size()
 
     def __call__(self, texts: Sequence[str]) -> Tokens:
         """Tokenises texts of any length; the empty one is [CLS] and end alone."""
@@ -70,7 +70,7 @@ class GLMTokenizer:
             part = part.lstrip() if index else part
             part = part.rstrip() if index < len(parts) - 1 else part
             if part:
-                ids += self._processor.encode(_blanks(part))
+                ids += self.processor.encode(_blanks(part))
         return ids
 
     @property
@@ -80,7 +80,7 @@ class GLMTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids up to the end token; runs of spaces come back as spaces."""
-        text = self._processor.decode([i for i in until(ids, self.end) if i != self._ids[CLS]])
+        text = self.processor.decode([i for i in until(ids, self.end) if i != self._ids[CLS]])
         return re.sub(r"<\|blank_(\d+)\|>", lambda found: " " * int(found[1]), text)
 
     def to_dict(self) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 
 from m2jax.config import Data, Experiment, UserError
 from m2jax.data.source import PART, SKIPPED, HostBatch, Rows, Source
+from m2jax.data.words import WithWords
 from m2jax.dist.sharding import batch_sharding, batch_shards
 
 Assets = Mapping[str, Any]  # tokenizer and preprocessing, as checkpoints keep them
@@ -169,8 +170,11 @@ def make_loader(experiment: Experiment, mesh: Mesh, assets: Assets | None = None
             )
     _refuse_shared_rows(mesh, cfg.batch_size)
     _check_counts(cfg)
+    source = SOURCES[cfg.name](experiment, assets)
+    if experiment.loss.masked_text.weight:
+        source = WithWords(source)
     return Loader(
-        SOURCES[cfg.name](experiment, assets),
+        source,
         mesh,
         cfg.batch_size,
         cfg.prefetch,

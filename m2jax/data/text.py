@@ -87,16 +87,16 @@ class SentencePieceTokenizer:
 
     def __init__(self, model: bytes, max_len: int) -> None:
         self.model, self.max_len = model, max_len
-        self._processor = open_model(model)
+        self.processor = open_model(model)
 
     @property
     def vocab_size(self) -> int:
         """Number of pieces."""
-        return self._processor.vocab_size()
+        return self.processor.vocab_size()
 
     def __call__(self, texts: Sequence[str]) -> Tokens:
         """Tokenises texts; any string will do, the empty one included."""
-        encoded = self._processor.encode([well_formed(text) for text in texts])
+        encoded = self.processor.encode([well_formed(text) for text in texts])
         lines = [[CLS, *pieces[: self.max_len - 2], END] for pieces in encoded]
         return padded(lines, self.max_len, PAD)
 
@@ -107,7 +107,7 @@ class SentencePieceTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids up to the end token."""
-        return self._processor.decode([i for i in until(ids, END) if i not in (PAD, CLS)])
+        return self.processor.decode([i for i in until(ids, END) if i not in (PAD, CLS)])
 
     def to_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""

@@ -58,18 +58,18 @@ class Scored(NamedTuple):
 def image_features(model: Encoder, drawings: Drawings, batch: int) -> np.ndarray:
     """Features of drawings, through the model's own preprocessing."""
     pixels = model.preprocess([Image.fromarray(image) for image in drawings.images])
-    return _batched(lambda start, stop: model.encode_image(pixels[start:stop]), len(pixels), batch)
+    return batched(lambda start, stop: model.encode_image(pixels[start:stop]), len(pixels), batch)
 
 
 def text_features(model: Encoder, texts: Sequence[str], batch: int) -> np.ndarray:
     """Features of texts."""
     ids, mask = model.tokenize(texts)
-    return _batched(
+    return batched(
         lambda start, stop: model.encode_text(ids[start:stop], mask[start:stop]), len(texts), batch
     )
 
 
-def _batched(encode: Callable[[int, int], jax.Array], total: int, batch: int) -> np.ndarray:
+def batched(encode: Callable[[int, int], jax.Array], total: int, batch: int) -> np.ndarray:
     """Runs equal batches; the last one overlaps the one before, so one shape is compiled."""
     batch = min(batch, total)
     parts: list[np.ndarray] = []

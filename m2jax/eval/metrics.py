@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +16,7 @@ Z95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
 
 
 class Share(NamedTuple):
-    """A share of successes with its Wilson 95 % interval."""
+    """A share of successes with its Wilson 95 % interval, or a mean with its bootstrap one."""
 
     value: float
     low: float
@@ -66,6 +66,29 @@ def mean_recall(
         value += found.mean() / len(ranks)
         picks = rng.integers(len(way), size=(resamples, len(way)))
         drawn += found[picks].mean(axis=1) / len(ranks)
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return Share(float(value), float(min(low, value)), float(max(high, value)))
+
+
+def bootstrap(
+    parts: Float[np.ndarray, "samples ..."],
+    statistic: Callable[[np.ndarray], np.ndarray] | None = None,
+    *,
+    resamples: int = 1000,
+) -> Share:
+    """A statistic of a sample with its bootstrap 95 % interval (Efron 1979, percentile interval).
+
+    The draw is fixed, so one sample always gives one interval.
+
+    Args:
+        parts: of each sample, what the statistic needs sums of.
+        statistic: from the sums [..., parts] over the sample; the mean if not given.
+        resamples: number of samples drawn anew.
+    """
+    total = len(parts)
+    times = np.random.default_rng(0).multinomial(total, np.full(total, 1 / total), size=resamples)
+    of = statistic or (lambda sums: sums / total)
+    value, drawn = of(parts.sum(axis=0)), of(times @ parts)
     low, high = np.quantile(drawn, [0.025, 0.975])
     return Share(float(value), float(min(low, value)), float(max(high, value)))
 

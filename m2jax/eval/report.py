@@ -46,10 +46,11 @@ def write_report(
     rows = read_rows(workdir / "metrics.jsonl")
     sections = [
         "<h1>m2jax: what this run learned</h1>",
-        _headline(metrics),
+        _headline(metrics) if scored else _figures(metrics),
         "<h2>Curves</h2>" + _curves(rows),
     ]
-    sections.append(rankings.groups(scored, data))
+    if scored:
+        sections.append(rankings.groups(scored, data))
     for row in scored:
         sections.append(rankings.examples(row, data))
     for row in scored[:2]:  # one style, in each language
@@ -75,6 +76,15 @@ def versions() -> str:
     found = [f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES]
     machine = f"Python {platform.python_version()} on {platform.system()} {platform.machine()}"
     return ", ".join([*found, machine, f"{os.cpu_count()} cores"])
+
+
+def _figures(metrics: Mapping[str, float]) -> str:
+    """Every figure of a suite that ranks no drawings, as it is called in ``metrics.json``."""
+    rows = "".join(
+        f"<tr><td>{html.escape(key)}<td class=n>{value:.4g}"
+        for key, value in sorted(metrics.items())
+    )
+    return f"<table><tr><th>what<th class=n>value{rows}</table>"
 
 
 def _headline(metrics: Mapping[str, float]) -> str:

@@ -11,15 +11,29 @@ from typing import NamedTuple
 
 import numpy as np
 
+from m2jax.bundle import Bundle, load
+from m2jax.captioner import can_write, load_captioner
 from m2jax.config import UserError
 from m2jax.data import emoji as emoji_data
 from m2jax.data.emoji import EmojiData
 from m2jax.eval import baselines
 from m2jax.eval import emoji as emoji_suite
 from m2jax.eval import metrics as metrics_lib
+from m2jax.eval import scenes as scenes_suite
 from m2jax.eval.emoji import Encoder, Scored
+from m2jax.eval.scenes import Writer
 
 TEST_STYLES = ("fluent", "openmoji")
+
+
+class Setting(NamedTuple):
+    """What a suite is told besides the model."""
+
+    data_dir: str
+    languages: Sequence[str]
+    batch: int
+    hold_out: tuple[str, ...]  # training styles that count as validation
+    writer: Writer | None  # of captions, where the model has a decoder
 
 
 class Evaluation(NamedTuple):
@@ -29,12 +43,9 @@ class Evaluation(NamedTuple):
     scored: list[Scored]
 
 
-def emoji(
-    model: Encoder, data_dir: str, languages: Sequence[str], batch: int, hold_out: tuple[str, ...]
-) -> Evaluation:
+def emoji(model: Encoder, setting: Setting) -> Evaluation:
     """Both test styles, every name the style draws as a candidate."""
-    del hold_out
-    data = emoji_data.load(emoji_data.default_directory(data_dir))
+    data = emoji_data.load(emoji_data.default_directory(setting.data_dir))
     metrics: dict[str, float] = {}
     scored: list[Scored] = []
     for style in TEST_STYLES:
@@ -45,8 +56,8 @@ def emoji(
             drawings,
             np.unique(drawings.concept),
             name=style,
-            languages=languages,
-            batch=batch,
+            languages=setting.languages,
+            batch=setting.batch,
         )
         for row in rows:
             metrics |= emoji_suite.summarise(row)
@@ -55,19 +66,40 @@ def emoji(
     return Evaluation(metrics, scored)
 
 
-def emoji_validation(
-    model: Encoder, data_dir: str, languages: Sequence[str], batch: int, hold_out: tuple[str, ...]
-) -> Evaluation:
+def emoji_validation(model: Encoder, setting: Setting) -> Evaluation:
     """The validation slice alone, ranked over all seen names: what tuning may look at."""
-    data = emoji_data.load(emoji_data.default_directory(data_dir))
+    hold_out = setting.hold_out
+    data = emoji_data.load(emoji_data.default_directory(setting.data_dir))
     drawings = data.drawings("validation", hold_out_styles=hold_out)
     candidates = np.array([c.id for c in data.concepts if c.seen])
     rows = emoji_suite.score_style(
-        model, data, drawings, candidates, name="validation", languages=languages, batch=batch
+        model,
+        data,
+        drawings,
+        candidates,
+        name="validation",
+        languages=setting.languages,
+        batch=setting.batch,
     )
     metrics = {k: v for row in rows for k, v in emoji_suite.summarise(row).items()}
     gallery = data.drawings("train", hold_out_styles=hold_out)
     return Evaluation(metrics | _baseline(data, "validation", drawings, gallery), rows)
+
+
+def emoji_scenes(model: Encoder, setting: Setting) -> Evaluation:
+    """Composed scenes in both test styles: retrieval, captions, pointing."""
+    data = emoji_data.load(emoji_data.default_directory(setting.data_dir))
+    metrics: dict[str, float] = {}
+    for style in TEST_STYLES:
+        metrics |= scenes_suite.score_style(
+            model,
+            scenes_suite.pictures(data, data.drawings(style)),
+            name=style,
+            languages=setting.languages,
+            batch=setting.batch,
+            writer=setting.writer,
+        )
+    return Evaluation(metrics, [])
 
 
 def _baseline(
@@ -88,9 +120,25 @@ def _baseline(
     return found
 
 
-Suite = Callable[[Encoder, str, Sequence[str], int, tuple[str, ...]], Evaluation]
-SUITES: dict[str, Suite] = {"emoji": emoji, "emoji-validation": emoji_validation}
+Suite = Callable[[Encoder, Setting], Evaluation]
+SUITES: dict[str, Suite] = {
+    "emoji": emoji,
+    "emoji-validation": emoji_validation,
+    "emoji-scenes": emoji_scenes,
+}
 VALIDATION = {"emoji": "emoji-validation"}  # what a run that ends in a suite scores on its way
+
+
+def opened(path: str | os.PathLike[str]) -> tuple[Bundle, Writer | None]:
+    """A model as suites take it, with what writes its captions where it has a decoder.
+
+    Raises:
+        UserError: see ``m2jax.load`` and ``load_captioner``.
+    """
+    if not can_write(path):
+        return load(path), None
+    writer = load_captioner(path)
+    return writer.bundle, writer
 
 
 def run_suite(
@@ -101,8 +149,9 @@ def run_suite(
     languages: Sequence[str] = ("en", "zh"),
     batch_size: int = 256,
     hold_out_styles: tuple[str, ...] = (),
+    writer: Writer | None = None,
 ) -> Evaluation:
-    """Runs a suite.
+    """Runs a suite; ``writer`` is asked for captions where a suite scores them.
 
     Raises:
         UserError: an unknown suite or language, or data that cannot be had.
@@ -112,7 +161,8 @@ def run_suite(
     unknown = set(languages) - {"en", "zh"}
     if unknown:
         raise UserError(f"--languages {sorted(unknown)[0]}: the suite has en and zh")
-    return SUITES[suite](model, data_dir, languages, batch_size, hold_out_styles)
+    setting = Setting(data_dir, languages, batch_size, hold_out_styles, writer)
+    return SUITES[suite](model, setting)
 
 
 def evaluate(
@@ -122,6 +172,7 @@ def evaluate(
     data_dir: str = "",
     languages: Sequence[str] = ("en", "zh"),
     hold_out_styles: tuple[str, ...] = (),
+    writer: Writer | None = None,
 ) -> dict[str, float]:
     """Runs a suite, prints its table, returns its flat metrics; see ``run_suite``."""
     evaluation = run_suite(
@@ -130,13 +181,24 @@ def evaluate(
         data_dir=data_dir,
         languages=languages,
         hold_out_styles=hold_out_styles,
+        writer=writer,
     )
     print(table(evaluation.metrics))
     return evaluation.metrics
 
 
 def table(metrics: dict[str, float]) -> str:
-    """The zero-shot and retrieval rows for people, baselines beside them; per cent (95 %)."""
+    """What was scored, for people, baselines beside it; in per cent (95 % interval)."""
+    parts = []
+    if any(key.endswith("/top1") for key in metrics):
+        parts.append(_zero_shot_table(metrics))
+    if any(key.startswith("scenes/") for key in metrics):
+        parts.append(_scenes_table(metrics))
+    return "\n".join(parts)
+
+
+def _zero_shot_table(metrics: dict[str, float]) -> str:
+    """Zero-shot and retrieval."""
     lines = [f"{'':24}{'top-1':>20}{'top-5':>20}{'mean recall':>20}{'by chance':>11}"]
     for key in sorted(metrics):
         if not key.endswith("/top1"):
@@ -150,6 +212,22 @@ def table(metrics: dict[str, float]) -> str:
             f"{100 * metrics[chance]:.1f}" if recall in metrics and chance in metrics else ""
         )
         lines.append(f"{name:24}" + "".join(f"{c:>20}" for c in cells) + f"{by_chance:>11}")
+    return "\n".join(line.rstrip() for line in lines)
+
+
+SCENE_COLUMNS = ("i2t_r1", "t2i_r1", "mean_recall", "pointing", "cider", "bleu4", "rouge_l")
+
+
+def _scenes_table(metrics: dict[str, float]) -> str:
+    """Scenes, one row per style and language; CIDEr, too, times a hundred."""
+    lines = [f"{'':16}" + "".join(f"{name:>21}" for name in SCENE_COLUMNS)]
+    for stem in sorted({k.rpartition("/")[0] for k in metrics if k.startswith("scenes/")}):
+        cells = [_cell(metrics, f"{stem}/{name}") for name in SCENE_COLUMNS]
+        lines.append(f"{stem.removeprefix('scenes/'):16}" + "".join(f"{c:>21}" for c in cells))
+    for kind, said in (("chance", "by chance"), ("any_drawing", "pointing at any drawing")):
+        stem = f"baseline/{kind}/scenes/"
+        for key in sorted(k for k in metrics if k.startswith(stem)):
+            lines.append(f"{said}: {key.removeprefix(stem)} {_cell(metrics, key)}")
     return "\n".join(line.rstrip() for line in lines)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Masked image modelling: which patches, what they are compared with, and the loss on them.
+"""Masked modelling: which patches or words, what they are compared with, and the loss on them.
 
 Attentive masking (SyCoCa) ranks an image's patches by how well each fits its text. The paper's
 equations were not to be had: direction, ratio and score are settings here, and the defaults ours.
@@ -45,6 +45,28 @@ def chosen(
     elif which == "low":
         scores = -scores
     return jnp.sort(lax.top_k(lax.stop_gradient(scores), count)[1], axis=1)
+
+
+def chosen_words(
+    word: Int[Array, "batch length"], ratio: float, rng: jax.Array
+) -> Bool[Array, "batch length"]:
+    """True at every token of ``round(ratio * words)`` random words of each text, at least one.
+
+    Args:
+        word: number of the word that each token belongs to, from 0; -1 at what is no word
+            ([CLS], the end, padding), which is never chosen.
+        ratio: share of a text's words.
+        rng: decides which.
+    """
+    length = word.shape[1]
+    counts = jnp.asarray([0, *(max(1, round(ratio * n)) for n in range(1, length + 1))])
+    words = word.max(axis=1) + 1
+    order = jnp.where(
+        jnp.arange(length) < words[:, None], jax.random.uniform(rng, word.shape), jnp.inf
+    )
+    rank = jnp.argsort(jnp.argsort(order, axis=1), axis=1)
+    taken = rank < counts[words][:, None]
+    return jnp.take_along_axis(taken, jnp.maximum(word, 0), axis=1) & (word >= 0)
 
 
 def as_mask(indices: Int[Array, "batch count"], patches: int) -> Bool[Array, "batch patches"]:

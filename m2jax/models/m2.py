@@ -40,6 +40,13 @@ class Features(NamedTuple):
     vl: Encoded
 
 
+class Joint(NamedTuple):
+    """Image and text, encoded as one sequence: states of the vl layers."""
+
+    image: Float[Array, "batch tokens width"]  # [CLS] first
+    text: Float[Array, "batch length width"]
+
+
 class VisionEmbed(nnx.Module):
     """Pixels to [CLS] + row-major patch tokens."""
 
@@ -165,9 +172,45 @@ class M2Encoder(nnx.Module):
         tokens = self.vision_embed(pixels.astype(self.dtype), masked=masked)
         return tokens + _positions(self.image_positions[...], tokens)
 
-    def embed_text(self, ids: Int[Array, "batch length"]) -> Float[Array, "batch length embed"]:
-        """Token embeddings with their positions."""
+    def encode_joint(
+        self,
+        image: Float[Array, "batch tokens embed"],
+        text: Float[Array, "batch length embed"],
+        mask: Int[Array, "batch length"] | Bool[Array, "batch length"],
+        *,
+        vl: str = "split",
+        rng: jax.Array | None = None,
+    ) -> Joint:
+        """Encodes image and text as one sequence in which each token sees all (spec section 7).
+
+        Args:
+            image: of ``embed_image``; its tokens take A weights in the backbone.
+            text: of ``embed_text``; its tokens take B weights there.
+            mask: 1 for text tokens, 0 for padding.
+            vl: weights of the vl layers: ``A``, ``B`` or ``split``, as in the backbone. Which of
+                them the release was trained with is not known.
+            rng: switches drop path on.
+        """
+        split = image.shape[1]
+        both = jnp.concatenate([jnp.ones(image.shape[:2], mask.dtype), mask], axis=1)
+        tokens = constrain(jnp.concatenate([image, text], axis=1), ("batch", None, None))
+        rngs = (None, None) if rng is None else tuple(jax.random.split(rng))
+        tokens = self.backbone(tokens, split=split, token_mask=both, rng=rngs[0]).tokens
+        way = {"split": split, "A": ALL_A, "B": ALL_B}[vl]
+        tokens = self.vl(tokens, split=way, token_mask=both, rng=rngs[1]).tokens
+        return Joint(tokens[:, :split], tokens[:, split:])
+
+    def embed_text(
+        self,
+        ids: Int[Array, "batch length"],
+        *,
+        masked: Bool[Array, "batch length"] | None = None,
+        mask_token: Float[Array, " embed"] | None = None,
+    ) -> Float[Array, "batch length embed"]:
+        """Token embeddings with their positions; masked words become ``mask_token``."""
         tokens = self.text_embed[...][ids].astype(self.dtype)
+        if masked is not None and mask_token is not None:
+            tokens = jnp.where(masked[..., None], mask_token.astype(self.dtype), tokens)
         return tokens + _positions(self.text_positions[...], tokens)
 
     def _encode(self, tokens, split, mask, heads, rng, capture) -> Features:

@@ -47,6 +47,13 @@ def from_sizes(experiment: Experiment, model: Abstract) -> float:
         weights = 6 * tokens * (used(blocks) - remembered) + 6 * memory * remembered
         return weights + 12 * depth * tokens * (tokens + memory) * cfg.width
 
+    def joint() -> float:
+        """Image and text as one sequence; A and B weights of the vl layers are as many."""
+        backbone = image * used("backbone.blocks.A.") + words * used("backbone.blocks.B.")
+        tokens, layers = image + words, cfg.backbone_layers + cfg.vl_layers
+        weights = backbone + tokens * used("vl.blocks.A.")
+        return 6 * weights + 12 * layers * tokens**2 * cfg.width
+
     sequence = encoder(image, "A") * data.views
     texts = encoder(words, "B")
     if loss.caption.weight:
@@ -57,7 +64,27 @@ def from_sizes(experiment: Experiment, model: Abstract) -> float:
     if loss.masked_image.weight:
         texts += encoder(image, "A")
         texts += decoder("masked_image", loss.masked_image.layers, image, words)
+    if loss.masked_text.weight:
+        head = used("m2_heads.masked_text.") + model.params["text_embed"].size
+        texts += joint() + 6 * words * head
+    if loss.masked_tokens.weight:
+        hidden = max(1, round(loss.masked_tokens.ratio * patches))
+        texts += joint() + 6 * hidden * model.params["m2_heads"]["masked_tokens"]["embed"].size
+        texts += _tokenizer_forward(model, patches)
     return data.batch_size * (sequence + texts * len(data.languages))
+
+
+def _tokenizer_forward(model: Abstract, patches: int) -> float:
+    """The frozen tokenizer's code words of one image: no gradient, and nothing of its decoder."""
+    own = model.params["visual_tokenizer"]
+    kernels = sum(
+        leaf.size
+        for name, leaf in flatten(own).items()
+        if name.startswith(("patch_in.", "encoder.", "code.")) and "kernel" in name
+    )
+    depth, _, width = own["encoder"]["blocks"]["q"]["kernel"].shape
+    products = patches * (kernels + own["codebook"]["embed"].size)
+    return 2 * products + 4 * depth * patches**2 * width
 
 
 def instruction_flops(module: Module, computation: Computation, instruction: Instruction) -> float:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from m2jax.config import Contrastive, Experiment, UserError
+from m2jax.config import Contrastive, Experiment, Loss, UserError
 from m2jax.data.augment import augment
 from m2jax.losses.contrastive import contrastive_loss
 from m2jax.models import params as params_lib
@@ -42,6 +42,18 @@ HEADS = ("image_head.", "text_head.", "image_vl_head.", "text_vl_head.")
 
 # The public forward never reads these (models/m2.py); ITC gives them no gradient.
 UNREAD = ("vl.blocks.B.", "vl.norms.B.", "norm.", "pooler.", "vision_embed.mask_token")
+_JOINT = ("vl.blocks.B.", "vl.norms.B.")
+
+
+def unread(cfg: Loss) -> tuple[str, ...]:
+    """Beginnings of the names of the parameters that no objective of a run reads."""
+    read: tuple[str, ...] = ()
+    if cfg.masked_image.weight or cfg.masked_tokens.weight:
+        read += ("vision_embed.mask_token",)
+    if (cfg.masked_text.weight or cfg.masked_tokens.weight) and cfg.joint_vl != "A":
+        read += _JOINT
+    return tuple(name for name in UNREAD if name not in read)
+
 
 BIASES = ("logit_bias", "logit_vl_bias")  # of the sigmoid loss, beside the model's own scales
 
@@ -90,6 +102,7 @@ class ImageTextTask:
         self.mesh = mesh
         self.model: Abstract = params_lib.abstract(experiment.model)
         self._of_model = tuple(self.model.params)
+        self._unread = unread(experiment.loss)
         self._sigmoid = experiment.loss.contrastive.form == "sigmoid"
         if self._sigmoid:
             biases = dict.fromkeys(BIASES, jax.ShapeDtypeStruct((), jnp.float32))
@@ -194,7 +207,7 @@ class ImageTextTask:
         tuned = self.experiment.finetune
         if tuned.heads == "fresh" and name.startswith(HEADS):
             return False
-        return name.startswith((*UNREAD, *TOWERS.get(tuned.freeze, ())))
+        return name.startswith((*self._unread, *TOWERS.get(tuned.freeze, ())))
 
     def layer_scales(self, decay: float) -> Mapping[str, Any]:
         """See ``models.depth``."""

@@ -12,7 +12,6 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from m2jax.bundle import load
 from m2jax.checkpoint.manager import Checkpoints
 from m2jax.config import Experiment, UserError
 from m2jax.config_dual import Architecture, Dual
@@ -22,7 +21,7 @@ from m2jax.dist.preemption import Preemption
 from m2jax.dist.sharding import batch_sharding
 from m2jax.dist.topology import chip_of
 from m2jax.eval.report import write_report
-from m2jax.eval.runner import VALIDATION, Evaluation, run_suite, table, write_metrics
+from m2jax.eval.runner import VALIDATION, Evaluation, opened, run_suite, table, write_metrics
 from m2jax.obs.goodput import Goodput
 from m2jax.obs.metrics import MetricWriter, read_rows
 from m2jax.obs.profile import Profiler
@@ -35,12 +34,14 @@ from m2jax.train import workdir as workdir_lib
 from m2jax.train.dual_text import DualTextTask
 from m2jax.train.image_text import ImageTextTask
 from m2jax.train.loop import Loop
+from m2jax.train.m2_objectives import M2Task
 from m2jax.train.meter import Meter
 from m2jax.train.origin import Origin
 from m2jax.train.state import TrainState
 from m2jax.train.step import Step, make_step
 from m2jax.train.sycoca import SyCoCaTask
 from m2jax.train.task import Task
+from m2jax.train.visual_tokenizer import TOKENIZER, VisualTokenizerTask, read_tokenizer
 
 PREEMPTED = 42  # exit code of a run that saved and stopped because it was told to
 
@@ -130,20 +131,32 @@ def assemble(
     Raises:
         UserError: objectives that the model has no heads for; see the tasks and ``make_step``.
     """
-    local = experiment.loss.caption.weight or experiment.loss.masked_image.weight
-    if isinstance(model, Dual):
-        if local:
-            raise UserError(
-                "loss.caption.weight, loss.masked_image.weight: "
-                f"a {model.family} model has no such heads: set both to 0, or start from an "
-                "M2-Encoder"
-            )
-        task: Task = DualTextTask(experiment, model, mesh)
-    elif local:
-        task = SyCoCaTask(experiment, mesh)
-    else:
-        task = ImageTextTask(experiment, mesh)
+    task = make_task(experiment, mesh, model)
     return task, make_step(experiment, task, mesh)
+
+
+def make_task(experiment: Experiment, mesh: Mesh, model: Architecture | None = None) -> Task:
+    """The task that the weights of an experiment's losses ask for; see ``assemble``."""
+    cfg = experiment.loss
+    local = ("caption", "masked_image", "masked_text", "masked_tokens", "visual_tokenizer")
+    on = [name for name in local if getattr(cfg, name).weight]
+    if isinstance(model, Dual):
+        if on:
+            raise UserError(
+                f"{', '.join(f'loss.{name}.weight' for name in on)}: a {model.family} model has no "
+                "such heads: set them to 0, or start from an M2-Encoder"
+            )
+        return DualTextTask(experiment, model, mesh)
+    if cfg.visual_tokenizer.weight:
+        if others := [name for name in on if name != "visual_tokenizer"]:
+            raise UserError(
+                f"loss.visual_tokenizer.weight, loss.{others[0]}.weight: a run trains the "
+                "tokenizer or tells its tokens: set one of them to 0"
+            )
+        return VisualTokenizerTask(experiment, mesh)
+    if cfg.masked_text.weight or cfg.masked_tokens.weight:
+        return M2Task(experiment, mesh)
+    return SyCoCaTask(experiment, mesh) if on else ImageTextTask(experiment, mesh)
 
 
 def batch_shapes(task: Task, experiment: Experiment, mesh: Mesh) -> dict[str, Any]:
@@ -157,13 +170,15 @@ def batch_shapes(task: Task, experiment: Experiment, mesh: Mesh) -> dict[str, An
 
 def model_flops(experiment: Experiment, mesh: Mesh, model: Architecture | None = None) -> float:
     """FLOPs of a step over all devices that the model needs: what is recomputed does not count."""
-    whole_texts = dataclasses.replace(
-        experiment.loss.caption, positions=experiment.model.max_text_len
-    )
+    cfg, loss = experiment.model, experiment.loss
+    whole = {  # with all logits at once none is made again
+        name: dataclasses.replace(getattr(loss, name), positions=2**30)
+        for name in ("caption", "masked_text", "masked_tokens")
+    }
     plain = dataclasses.replace(
         experiment,
-        model=dataclasses.replace(experiment.model, remat="none"),
-        loss=dataclasses.replace(experiment.loss, caption=whole_texts),
+        model=dataclasses.replace(cfg, remat="none"),
+        loss=dataclasses.replace(loss, **whole),
         train=dataclasses.replace(experiment.train, accumulate=1),
     )
     if isinstance(model, Dual):
@@ -194,14 +209,21 @@ def make_meter(
 
 
 def begin(step: Step, origin: Origin | None, task: Task, mesh: Mesh, workdir: Path) -> TrainState:
-    """The state before the first step: fresh, or around the parameters of the run's origin."""
+    """The state before the first step: fresh, or around the parameters of the run's origin.
+
+    The visual tokenizer of CMIM is that of another run in both.
+    """
+    read = None
+    if isinstance(task, M2Task) and task.tokenizer is not None:
+        read = read_tokenizer(task.experiment, task.tokenizer, mesh)
     if origin is None:
-        return step.init()
+        state = step.init()
+        return state if read is None else step.begin({**state.params, TOKENIZER: read})
     taken = origin_lib.take(origin, task, mesh)
     origin_lib.remember(origin, workdir)
     if jax.process_index() == 0:
         print(origin_lib.describe(origin, taken))
-    return step.begin(taken.params)
+    return step.begin(taken.params if read is None else {**taken.params, TOKENIZER: read})
 
 
 def validation(workdir: Path, experiment: Experiment) -> dict[str, float]:
@@ -215,13 +237,15 @@ def validation(workdir: Path, experiment: Experiment) -> dict[str, float]:
 
 def evaluated(workdir: Path, experiment: Experiment, suite: str) -> Evaluation:
     """A suite's figures for the newest checkpoint."""
+    model, writer = opened(workdir)
     return run_suite(
-        load(workdir),
+        model,
         suite=suite,
         data_dir=experiment.data.dir,
         languages=experiment.data.languages,
         batch_size=experiment.eval.batch_size,
         hold_out_styles=experiment.data.hold_out_styles,
+        writer=writer,
     )
 
 

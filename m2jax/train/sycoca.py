@@ -105,9 +105,7 @@ class SyCoCaTask:
         return self.itc.after_update(params)
 
     def frozen(self, name: str) -> bool:
-        """As of ``ImageTextTask``, but TG-MIM reads the mask token."""
-        if name == "vision_embed.mask_token" and self.experiment.loss.masked_image.weight:
-            return False
+        """As of ``ImageTextTask``."""
         return self.itc.frozen(name)
 
     def layer_scales(self, decay: float) -> Mapping[str, Any]:

@@ -115,12 +115,12 @@ def test_eval_scores_and_writes(bundle: FakeBundle, install: Install, tmp_path: 
         return {"b": 0.5, "a": 1.0}
 
     install("m2jax.eval", __path__=[])
-    install("m2jax.eval.runner", evaluate=evaluate)
+    install("m2jax.eval.runner", evaluate=evaluate, opened=lambda path: (bundle, "writer"))
     out = tmp_path / "scores.json"
     words = ["eval", "--model", "m", "--suite", "s", "--data", "d", "--languages", "zh"]
     assert main([*words, "--json", str(out)]) == 0
     asked = {"suite": "s", "data_dir": "d", "languages": ("zh",), "hold_out_styles": ("noto",)}
-    assert calls == [(bundle, asked)]
+    assert calls == [(bundle, {**asked, "writer": "writer"})]
     assert json.loads(out.read_text()) == {"a": 1.0, "b": 0.5}
     assert main([*words[:-1], ",", "--json", str(out)]) == 2
 

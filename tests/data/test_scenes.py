@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m2jax.config import Data, UserError
+from m2jax.config import Augment, Data, UserError
 from m2jax.data.emoji import scenes
 from m2jax.data.emoji.concepts import Concept
 from m2jax.data.emoji.dataset import Drawings, EmojiData
@@ -110,6 +110,8 @@ def test_batches_depend_on_the_index_alone_and_rows_are_parts_of_them():
 def test_what_does_not_go_with_scenes_is_said():
     with pytest.raises(UserError, match=r"data.views=2: a scene is drawn once"):
         batches(views=2)
+    with pytest.raises(UserError, match=r"flip=0.5: a mirrored scene belies its caption"):
+        batches(augment=Augment(flip=0.5))
     made, _ = emoji()
     tokenizer = SentencePieceTokenizer(made.tokenizer_model, 12)
     with pytest.raises(UserError, match=r"model\.image_size=24"):

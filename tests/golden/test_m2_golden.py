@@ -137,6 +137,9 @@ def joint(model, golden, dtype):
     found = {"x_joint_backbone_out": hidden}
     for name, way in (("split", split), ("A", ALL_A), ("B", ALL_B)):
         found[f"x_joint_vl_out_{name}"] = model.vl(hidden, split=way, token_mask=both).tokens
+        encoded = model.encode_joint(first, model.embed_text(ids)[:rows], mask[:rows], vl=name)
+        whole = jnp.concatenate(encoded, axis=1)
+        np.testing.assert_array_equal(whole, found[f"x_joint_vl_out_{name}"])
     blocked = jnp.asarray(golden["x_joint_attn_mask"])[None]
     causal = model.backbone(tokens, split=split, token_mask=both, blocked=blocked)
     found["x_joint_causal_backbone_out"] = causal.tokens

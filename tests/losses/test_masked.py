@@ -92,3 +92,34 @@ def test_the_loss_is_the_mean_over_masked_patches_alone():
 def test_an_unknown_choice_is_refused():
     with pytest.raises(ValueError, match="high, low, random"):
         masked.chosen(jnp.zeros((1, 4)), 0.5, "best", jax.random.key(0))
+
+
+WORDS = st.lists(st.lists(st.integers(1, 3), max_size=5), min_size=4, max_size=4)
+
+
+def numbered(lengths, size):
+    """[CLS], words of so many tokens each, the end, padding."""
+    row = [number for number, length in enumerate(lengths) for _ in range(length)]
+    return [-1, *row] + [-1] * (size - 1 - len(row))
+
+
+@settings(deadline=None, max_examples=60)
+@given(WORDS, st.floats(0.0, 1.0, exclude_max=True), st.integers(0, 99))
+def test_so_many_words_are_hidden_each_whole_and_nothing_else(texts, ratio, seed):
+    word = np.array([numbered(text, 18) for text in texts], np.int32)
+    hidden = np.asarray(masked.chosen_words(jnp.asarray(word), ratio, jax.random.key(seed)))
+    for row, lengths, taken in zip(word, texts, hidden, strict=True):
+        of_word = {number: set(taken[row == number].tolist()) for number in range(len(lengths))}
+        assert all(len(found) == 1 for found in of_word.values())  # whole, or not at all
+        count = sum(found == {True} for found in of_word.values())
+        assert count == (max(1, round(ratio * len(lengths))) if lengths else 0)
+        assert not taken[row < 0].any()
+
+
+def test_hidden_words_differ_by_row_and_key_and_each_has_its_chance():
+    word = jnp.asarray([numbered([1, 2, 1, 3], 9)] * 400, jnp.int32)
+    first, other = (np.asarray(masked.chosen_words(word, 0.25, jax.random.key(k))) for k in (0, 1))
+    assert (first != other).any()
+    often = np.array([first[:, np.asarray(word)[0] == n].any(1).mean() for n in range(4)])
+    np.testing.assert_allclose(often, 0.25, atol=0.08)  # 3.7 deviations
+    np.testing.assert_allclose(often.sum(), 1)

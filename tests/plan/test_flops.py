@@ -16,6 +16,7 @@ from m2jax.plan import flops, hlo
 from m2jax.plan.compile import model_flops
 from m2jax.train.flops import TraceError
 from m2jax.train.image_text import ImageTextTask
+from m2jax.train.m2_objectives import M2Task
 from m2jax.train.sycoca import SyCoCaTask
 
 SIZES = {"x": (8, 16), "w": (5, 16, 16)}
@@ -149,6 +150,18 @@ def test_the_trace_against_the_sizes_with_heads(patches: str) -> None:
     toy = dataclasses.replace(toy, loss=loss)
     needed = model_flops(toy, make_mesh(toy.mesh))
     assert 1.0 <= needed / flops.from_sizes(toy, SyCoCaTask(toy).model) < 1.06
+
+
+def test_the_trace_against_the_sizes_with_masked_modelling() -> None:
+    """The same of M2: two passes over image and text, and the frozen tokenizer's one forward."""
+    toy = experiment(remat="full")
+    loss = config.Loss(
+        masked_text=config.MaskedText(weight=1.0, positions=2),
+        masked_tokens=config.MaskedTokens(weight=1.0, positions=2),
+    )
+    toy = dataclasses.replace(toy, loss=loss)
+    needed = model_flops(toy, make_mesh(toy.mesh))
+    assert 1.0 <= needed / flops.from_sizes(toy, M2Task(toy).model) < 1.06
 
 
 def test_the_sizes_by_hand() -> None:

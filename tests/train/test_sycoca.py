@@ -209,7 +209,7 @@ def test_the_mask_token_learns_with_patches_to_paint_alone(monkeypatch):
 @pytest.mark.parametrize("off", ["caption", "masked_image"])
 def test_a_model_of_another_family_is_refused_not_trained_without(monkeypatch, off):
     cfg = experiment(monkeypatch, **{off: {"weight": 0.0}})
-    with pytest.raises(UserError, match="a clip model has no such heads: set both to 0"):
+    with pytest.raises(UserError, match="a clip model has no such heads: set them to 0"):
         main.assemble(cfg, make_mesh(config.Mesh(), jax.devices()[:1]), TOYS["clip"])
 
 

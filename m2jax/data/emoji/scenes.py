@@ -8,7 +8,7 @@ each drawing's box is known, so it can be measured whether a patch and a word me
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,6 +34,7 @@ TEMPLATES = {
 }
 NUMBERS = {"en": ("two", "three", "four"), "zh": ("两", "三", "四")}
 KINDS = tuple(TEMPLATES)
+CONVERSE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 
 
 class Item(NamedTuple):
@@ -48,7 +49,9 @@ class Scene(NamedTuple):
 
     kind: str
     items: tuple[Item, ...]  # the first belongs to {a}; of "count" all do
+    names: dict[str, tuple[str, ...]]  # of each item, by language
     captions: dict[str, str]
+    statements: dict[str, tuple[str, ...]]  # all the templates say of it, the caption first
 
 
 def compose(
@@ -70,16 +73,25 @@ def compose(
     number = int(rng.integers(2, 5))
     boxes = _boxes(kind, number, rng)
     shown = [first] * number if kind == "count" else [first, second]
-    captions = {
-        language: template.format(
-            a=data.concepts[drawings.concept[first]].names[language],
-            b=data.concepts[drawings.concept[second]].names[language],
-            n=NUMBERS[language][number - 2],
-        )
-        for language, template in TEMPLATES[kind].items()
+    names = {
+        language: tuple(data.concepts[drawings.concept[one]].names[language] for one in shown)
+        for language in NUMBERS
     }
+    statements = {
+        language: _statements(kind, language, names[language], number) for language in NUMBERS
+    }
+    captions = {language: said[0] for language, said in statements.items()}
     items = tuple(Item(*pair) for pair in zip(shown, boxes, strict=True))
-    return Scene(kind, items, captions)
+    return Scene(kind, items, names, captions, statements)
+
+
+def _statements(kind: str, language: str, names: Sequence[str], number: int) -> tuple[str, ...]:
+    """The caption, and the same relation told from the other side where there is one."""
+    word = NUMBERS[language][number - 2]
+    said = [TEMPLATES[kind][language].format(a=names[0], b=names[1], n=word)]
+    if kind in CONVERSE:
+        said.append(TEMPLATES[CONVERSE[kind]][language].format(a=names[1], b=names[0]))
+    return tuple(said)
 
 
 def _boxes(kind: str, number: int, rng: np.random.Generator) -> list[tuple[int, int, int, int]]:
@@ -150,6 +162,11 @@ class SceneBatches:
             raise UserError(f"model.image_size={size}: scenes have {GRID} pixels: use a divisor")
         if cfg.views != 1:
             raise UserError(f"data.views={cfg.views}: a scene is drawn once: set it to 1")
+        if cfg.augment.flip:
+            raise UserError(
+                f"data.augment.flip={cfg.augment.flip}: a mirrored scene belies its caption: set "
+                "it to 0"
+            )
         self._data, self._cfg, self._size, self._seed = data, cfg, size, seed
         self._drawings = data.drawings("train", hold_out_styles=cfg.hold_out_styles)
         self._tokenizer = tokenizer
