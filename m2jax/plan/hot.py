@@ -41,14 +41,14 @@ def hottest(
     for visit in visits:
         one = visit.instruction
         control = one.opcode in ("while", "call", "conditional") or one.opcode.endswith("-done")
-        if visit.inside or control or _communicates(module, one, collectives):
+        if visit.inside or control:
             continue
+        work = flops.instruction_flops(module, visit.computation, one)
         seconds, _ = schedule.seconds_of(module, visit.computation, one, chip)
-        if not seconds:
+        if not seconds or (not work and _communicates(module, one, collectives)):
             continue
         origin = origin_of(module, one)
         had = found.get(origin, Hot(origin, 0.0, 0.0, 0.0, 0))
-        work = flops.instruction_flops(module, visit.computation, one)
         found[origin] = Hot(
             origin,
             had.seconds + visit.times * seconds,

@@ -64,12 +64,14 @@ class _Player:
         for instruction in computation.instructions.values():
             collective = self._collective(instruction)
             if collective is not None:
+                own = self._beside(computation, instruction)
                 busy_until = max(now, busy_until) + collective.seconds
                 communication += collective.seconds
+                compute += own
                 if instruction.opcode.endswith("-start"):
                     ends[instruction.name] = busy_until
                 else:
-                    now = busy_until
+                    now = max(now + own, busy_until)
             elif instruction.opcode.endswith("-done"):
                 now = max(now, ends.get(instruction.operands[0], 0.0))
             elif instruction.opcode in ("while", "call", "conditional"):
@@ -105,6 +107,12 @@ class _Player:
                 if kind_of(inner, name):
                     return self.collectives[inner.name]
         return None
+
+    def _beside(self, computation: hlo.Computation, instruction: hlo.Instruction) -> float:
+        """Compute of a collective: where the compiler fused it with a product, they run at once."""
+        if not flops.instruction_flops(self.module, computation, instruction):
+            return 0.0
+        return seconds_of(self.module, computation, instruction, self.chip)[0]
 
 
 def seconds_of(

@@ -91,6 +91,25 @@ def test_the_longest_instructions_add_up_and_go_by_their_origin() -> None:
     assert first.seconds + sum(one.seconds for one in rest) == pytest.approx(compute)
 
 
+@pytest.mark.parametrize(("gather_ms", "total_ms"), [(1, 20 + 5), (3, 30 + 5)])
+def test_a_product_fused_with_a_collective_is_computed_too(gather_ms: int, total_ms: int) -> None:
+    """libtpu does that: taken for a collective alone, its product would cost nothing."""
+    text = PROGRAM.replace("CYCLES", "3500000").replace(
+        "  ROOT %sin = f32[64] sine(%q)\n",
+        "  %d = f32[] dot(%q, %q), lhs_contracting_dims={0}, rhs_contracting_dims={0}\n"
+        "  %more = f32[512] all-gather(%q), replica_groups={}, dimensions={0}\n"
+        "  ROOT %sin = f32[64] sine(%q)\n",
+    )
+    module = hlo.parse(text)
+    found = {"ag": collective("ag", 0.0, 10), "sum": collective("sum", 5e-3, 1)}
+    found["more"] = collective("more", gather_ms / 1e3, 10)
+    times = schedule.play(module, CHIP, found, 0.0)
+    assert times.total == pytest.approx(total_ms / 1e3)
+    assert times.compute == pytest.approx(10 * 2e-3)
+    first = hot.hottest(module, loops.walk(module), CHIP, found)[0]
+    assert (first.runs, first.seconds) == (10, pytest.approx(10 * 2e-3))
+
+
 def test_two_collectives_share_the_links() -> None:
     """Started together they end one after the other: never two at the full rate."""
     twice = PROGRAM.replace(
