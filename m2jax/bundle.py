@@ -34,7 +34,7 @@ from m2jax.dist.sharding import AxisRules
 from m2jax.models import layers
 from m2jax.models import params as params_lib
 from m2jax.models.dual import DualEncoder
-from m2jax.models.m2 import M2Encoder, unit
+from m2jax.models.m2 import M2Encoder
 from m2jax.models.params import Params
 
 SIGMOID_BIAS = "logit_vl_bias"  # that a run with the sigmoid loss trained beside the vl features
@@ -133,8 +133,7 @@ def _image_features(graph: nnx.GraphDef, params: Params, pixels: jax.Array) -> j
 
 @functools.partial(jax.jit, static_argnums=0)
 def _patch_features(graph: nnx.GraphDef, params: Params, pixels: jax.Array) -> jax.Array:
-    model = params_lib.bind(graph, params)
-    return unit(model.image_vl_head(model.encode_image(pixels).vl.tokens[:, 1:]))
+    return params_lib.bind(graph, params).encode_patches(pixels)
 
 
 @functools.partial(jax.jit, static_argnums=0)

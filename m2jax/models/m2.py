@@ -172,6 +172,12 @@ class M2Encoder(nnx.Module):
         tokens = self.vision_embed(pixels.astype(self.dtype), masked=masked)
         return tokens + _positions(self.image_positions[...], tokens)
 
+    def encode_patches(
+        self, pixels: Float[Array, "batch size size 3"]
+    ) -> Float[Array, "batch patches features"]:
+        """Unit rows of patches in the space of the texts: the image head's maps of their tokens."""
+        return unit(self.image_vl_head(self.encode_image(pixels).vl.tokens[:, 1:]))
+
     def encode_joint(
         self,
         image: Float[Array, "batch tokens embed"],

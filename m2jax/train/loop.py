@@ -72,11 +72,12 @@ class Loop:
             self.watchdog.beat(step)
             stop = self.preemption.reached(step)
             save = stop or step % self.experiment.checkpoint.every == 0 or step == steps
-            scores = self.experiment.eval.every and step % self.experiment.eval.every == 0
-            if step % self.experiment.train.log_every == 0 or step == steps or stop or scores:
+            every = self.experiment.eval.every
+            due = every > 0 and step % every == 0
+            if step % self.experiment.train.log_every == 0 or step == steps or stop or due:
                 skipped = int(metrics["skipped"])
                 now = time.perf_counter()
-                figures = self.validate(step, state, metrics) if scores else {}
+                figures = self.validate(step, state, metrics) if due else {}
                 pace = (step - since) / (now - last)
                 self.log(step, metrics, pace, before + now - begin, figures)
                 last, since = time.perf_counter(), step

@@ -25,7 +25,6 @@ from m2jax.dist.sharding import AxisRules
 from m2jax.losses import masked as masked_lib
 from m2jax.losses import quantised
 from m2jax.models import params as params_lib
-from m2jax.models.m2 import unit
 from m2jax.models.params import Abstract, Params
 from m2jax.models.visual_tokenizer import VisualTokenizer
 from m2jax.train.image_text import ImageTextTask
@@ -102,8 +101,7 @@ class VisualTokenizerTask:
         """What the decoder should tell of each patch."""
         if not self._teaches:
             return masked_lib.patch_targets(pixels, self.experiment.model.patch_size)
-        teacher = self.itc.bind(jax.lax.stop_gradient(params))
-        return unit(teacher.image_vl_head(teacher.encode_image(pixels).vl.tokens[:, 1:]))
+        return self.itc.bind(jax.lax.stop_gradient(params)).encode_patches(pixels)
 
     def after_update(self, params: Params) -> Params:
         """Nothing to project."""
