@@ -16,6 +16,7 @@ pytest.importorskip("jinja2", reason="needs the package jinja2")
 
 from m2jax.cli.main import main
 from tests.launch import slurm
+from tests.multiprocess import harness
 
 CONFIG = Path(__file__).with_name("toy_job.py")
 ROOT = Path(__file__).parents[2]
@@ -75,7 +76,11 @@ def submit(cluster, tmp_path, monkeypatch, capfd):
         for name, value in cluster.environ.items():
             monkeypatch.setenv(name, value)
         monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{os.environ.get('PYTHONPATH', '')}")
-        monkeypatch.delenv("XLA_FLAGS", raising=False)
+        # As in tests/multiprocess/harness.py: quick compiles, and no cache that the first process
+        # alone would find filled, since gloo waits 30 s for the others.
+        for name in ("JAX_COMPILATION_CACHE_DIR", "PJRT_NPROC"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("XLA_FLAGS", harness.QUICK_COMPILES)
         common = ["--config", str(CONFIG), "--workdir", "run", "--nodes", "2"]
         program = f"{sys.executable} -m m2jax"
         line = ["launch", "slurm", *common, "--program", program, "--submit", *words]

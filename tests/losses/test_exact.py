@@ -8,12 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from m2jax.losses.layout import IMPLS, make_layout
 from tests.losses.reductions import (
+    MESHES,
     assert_equal,
     compiled,
     dense,
     errors,
     features,
+    mesh_of,
     reduce,
 )
 
@@ -136,6 +139,30 @@ def test_memory_of_logits_does_not_grow_with_the_batch():
     features_per_device = (4096 - 1024) // 8 * 16 * 4
     assert large - small < 12 * features_per_device
     assert temporaries("local", 4096) > 4 * large
+
+
+@pytest.mark.slow
+@given(
+    mesh=st.sampled_from(list(MESHES)),
+    impl=st.sampled_from(("dense", *IMPLS)),
+    rows=st.integers(1, 9),
+    tile=st.integers(1, 12),
+    option=st.sampled_from(["", "ids", "sigmoid", "sigmoid ids", "smoothing"]),
+    kind=st.sampled_from(["random", "aligned", "close"]),
+    scale=st.sampled_from([1.0, 14.3, 100.0]) | st.floats(0.01, 100),
+    seed=st.integers(0, 2**20),
+)
+@settings(max_examples=60, deadline=None)
+def test_any_batch_over_any_mesh_in_any_tiles(mesh, impl, rows, tile, option, kind, scale, seed):
+    with jax.enable_x64(True):
+        layout = make_layout(mesh_of(mesh), "ring")
+        n = rows * layout.size(layout.rows)
+        image, text = features(seed, n, kind)
+        ids = np.random.default_rng(seed).integers(-3, n, n) if "ids" in option else None
+        options = {"sigmoid": "sigmoid" in option, "label_smoothing": 0.1 * (option == "smoothing")}
+        found = reduce(mesh, image, text, scale, -2.0, ids, impl=impl, tile=tile, **options)
+        expected = dense(image, text, scale, -2.0, ids, **options)
+        assert_equal(found, expected, scale, "float64")
 
 
 @pytest.mark.parametrize("impl", ["ring", "local"])

@@ -13,6 +13,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 CONFIG = Path(__file__).parent / "toy_config.py"
+# Programs this small are compiled longer than run. The flag that orders collectives, which the
+# tests set for themselves, is left out: what m2jax adds must be enough.
+QUICK_COMPILES = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 LAUNCHERS = ("M2JAX_", "SLURM_", "OMPI_", "SKYPILOT_")  # a launcher around the tests is not theirs
 
 
@@ -64,11 +67,7 @@ def launch(
     # would compile while it waits, and gloo waits 30 s.
     if processes > 1:
         kept.pop("JAX_COMPILATION_CACHE_DIR", None)
-    # Programs this small are compiled longer than run. The flag that orders collectives, which the
-    # tests set for themselves, is left out: what m2jax adds must be enough.
-    kept["XLA_FLAGS"] = (
-        "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    )
+    kept["XLA_FLAGS"] = QUICK_COMPILES
     workdir.mkdir(parents=True, exist_ok=True)
     attempts = workdir / "attempts"
     attempt = len(attempts.read_bytes()) if attempts.exists() else 0
