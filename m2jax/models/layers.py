@@ -112,6 +112,7 @@ class LayerNorm(nnx.Module):
         return y * self.scale[...].astype(y.dtype) + self.bias[...].astype(y.dtype)
 
 
+@jax.named_scope("standardise")
 def standardise(x: Float[Array, "... d"], eps: float) -> Float[Array, "... d"]:
     """(x - mean) / sqrt(variance + eps) over the last axis, computed in float32 or higher."""
     wide = x.astype(at_least_float32(x.dtype))
@@ -166,6 +167,7 @@ def gelu(x: Float[Array, ...]) -> Float[Array, ...]:
     return 0.5 * x * (1.0 + jax.lax.erf(x * 0.5**0.5))
 
 
+@jax.named_scope("attention")
 def attention(
     q: Float[Array, "batch queries heads dim"],
     k: Float[Array, "batch keys heads dim"],

@@ -77,6 +77,7 @@ class Block(nnx.Module):
         self.mlp_norm = norm(f, "mlp")
         self.fc2 = linear((f, d), ("mlp", "embed"), gain)
 
+    @jax.named_scope("qkv")
     def project(self, x: Float[Array, "b l d"]) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries, keys and values, each [b, l, heads, head_dim]."""
         project = layers.normed(self.attn_norm, self.q, self.k, self.v, fused=self.fused_qkv)
@@ -84,11 +85,13 @@ class Block(nnx.Module):
         q, k, v = (y.reshape(*x.shape[:2], -1, self.head_dim) for y in projected)
         return q, k, v
 
+    @jax.named_scope("out")
     def merge(self, heads: Float[Array, "b l h k"]) -> Float[Array, "b l d"]:
         """Norm over all channels of the merged heads, then the output projection."""
         merged = heads.reshape(*heads.shape[:2], -1)
         return checkpoint_name(layers.normed(self.inner_norm, self.out)(merged)[0], "attention_out")
 
+    @jax.named_scope("ffn")
     def feed_forward(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
         """fc2(LN(gelu(fc1(LN(x))))), the exact (erf) GELU."""
         h = checkpoint_name(layers.normed(self.ffn_norm, self.fc1)(x)[0], "ffn_in")

@@ -56,11 +56,13 @@ class Block(nnx.Module):
         x = x + self._attend(layers.normed(self.attn_norm, self.q, self.k, self.v)(x), bias)
         return x + self._feed(layers.normed(self.ffn_norm, self.fc1)(x)[0])
 
+    @jax.named_scope("attend")
     def _attend(self, projected: list[jax.Array], bias: jax.Array | None) -> jax.Array:
         q, k, v = (y.reshape(*y.shape[:2], self.heads, -1) for y in projected)
         heads = layers.ATTENTION[self.attention](q, k, v, bias=bias)
         return self.out(heads.reshape(*heads.shape[:2], -1))
 
+    @jax.named_scope("ffn")
     def _feed(self, hidden: jax.Array) -> jax.Array:
         return self.fc2(ACTIVATIONS[self.activation](hidden))
 
