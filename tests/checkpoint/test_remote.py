@@ -182,11 +182,12 @@ def bucket(monkeypatch, tmp_path):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "anything")
     s3fs.S3FileSystem.clear_instance_cache()
-    s3fs.S3FileSystem().mkdir("runs")
+    s3fs.S3FileSystem().makedirs("runs", exist_ok=True)  # the servers of one process share buckets
     yield "s3://runs/a"
     server.stop()
 
 
+@pytest.mark.slow
 def test_a_run_on_s3_resumes_on_another_machine(bucket, monkeypatch, tmp_path):
     whole_story(bucket, monkeypatch, tmp_path)
 
