@@ -21,6 +21,7 @@ REMAT: Mapping[str, str] = types.MappingProxyType(
         "none": "nothing",
         "products": "what is no matrix product with a weight, and the down projection",
         "attention": "the same, and the up projection of the feed-forward",
+        "offload": "as attention; what is kept waits in the host's memory",
         "dots": "what is no matrix product with a weight",
         "full": "all of a layer but its input",
     }

@@ -234,7 +234,14 @@ def rematerialise(layer: Callable[..., jax.Array], policy: str) -> Callable[...,
     """What the backward pass recomputes of a layer (``config.REMAT`` tells the policies)."""
     if policy == "none":
         return layer
-    if policy in KEPT:
+    if policy == "offload":
+        keep = jax.checkpoint_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=list(KEPT["attention"]),
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
+    elif policy in KEPT:
         keep = jax.checkpoint_policies.save_only_these_names(*KEPT[policy])
     else:
         dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import math
 import re
+from typing import Any
 
 import numpy as np
 
@@ -54,6 +55,10 @@ def from_sizes(experiment: Experiment, model: Abstract) -> float:
         weights = backbone + tokens * used("vl.blocks.A.")
         return 6 * weights + 12 * layers * tokens**2 * cfg.width
 
+    if loss.visual_tokenizer.weight:  # alone: one view, no text
+        teaches = loss.visual_tokenizer.target == "features"
+        teacher = encoder(image, "A") / 3 if teaches else 0.0  # forward only
+        return data.batch_size * (teacher + _tokenizer_step(model, patches))
     sequence = encoder(image, "A") * data.views
     texts = encoder(words, "B")
     if loss.caption.weight:
@@ -77,14 +82,24 @@ def from_sizes(experiment: Experiment, model: Abstract) -> float:
 def _tokenizer_forward(model: Abstract, patches: int) -> float:
     """The frozen tokenizer's code words of one image: no gradient, and nothing of its decoder."""
     own = model.params["visual_tokenizer"]
-    kernels = sum(
-        leaf.size
-        for name, leaf in flatten(own).items()
-        if name.startswith(("patch_in.", "encoder.", "code.")) and "kernel" in name
-    )
-    depth, _, width = own["encoder"]["blocks"]["q"]["kernel"].shape
-    products = patches * (kernels + own["codebook"]["embed"].size)
-    return 2 * products + 4 * depth * patches**2 * width
+    search = 2 * patches * own["codebook"]["embed"].size
+    return search + _tokens_through(own, patches, "encoder", "patch_in", "code")
+
+
+def _tokenizer_step(model: Abstract, patches: int) -> float:
+    """One image through a tokenizer that learns, and back: to no words searched, to no pixels."""
+    own = model.params["visual_tokenizer"]
+    search = 2 * patches * (own["codebook"]["embed"].size - own["patch_in"]["kernel"].size)
+    there = _tokens_through(own, patches, "encoder", "patch_in", "code")
+    return search + 3 * (there + _tokens_through(own, patches, "decoder", "word_in", "out"))
+
+
+def _tokens_through(own: dict[str, Any], patches: int, stack: str, *linears: str) -> float:
+    """Forward of one image's patches through a stack and the maps before and after it."""
+    names = tuple(f"{part}." for part in (stack, *linears))
+    kernels = (n for n in flatten(own).items() if n[0].startswith(names) and "kernel" in n[0])
+    depth, _, width = own[stack]["blocks"]["q"]["kernel"].shape
+    return 2 * patches * sum(leaf.size for _, leaf in kernels) + 4 * depth * patches**2 * width
 
 
 def instruction_flops(module: Module, computation: Computation, instruction: Instruction) -> float:

@@ -18,6 +18,7 @@ from m2jax.train.flops import TraceError
 from m2jax.train.image_text import ImageTextTask
 from m2jax.train.m2_objectives import M2Task
 from m2jax.train.sycoca import SyCoCaTask
+from m2jax.train.visual_tokenizer import VisualTokenizerTask
 
 SIZES = {"x": (8, 16), "w": (5, 16, 16)}
 
@@ -162,6 +163,23 @@ def test_the_trace_against_the_sizes_with_masked_modelling() -> None:
     toy = dataclasses.replace(toy, loss=loss)
     needed = model_flops(toy, make_mesh(toy.mesh))
     assert 1.0 <= needed / flops.from_sizes(toy, M2Task(toy).model) < 1.06
+
+
+@pytest.mark.parametrize("target", ["features", "pixels"])
+def test_the_trace_against_the_sizes_of_a_tokenizer_that_learns(target: str) -> None:
+    toy = experiment(remat="full")
+    tokenizer = config.VisualTokenizer(weight=1.0, target=target, decoder_layers=2)
+    init = "a/run" if target == "features" else ""
+    toy = dataclasses.replace(
+        toy,
+        loss=config.Loss(visual_tokenizer=tokenizer),
+        finetune=config.Finetune(init=init),
+        eval=config.Eval(suite=""),
+    )
+    needed = model_flops(toy, make_mesh(toy.mesh))
+    assert (
+        1.0 <= needed / flops.from_sizes(toy, VisualTokenizerTask(toy).model) < 1.04
+    )  # the teacher's head
 
 
 def test_the_sizes_by_hand() -> None:
