@@ -15,6 +15,7 @@ import pytest
 pytest.importorskip("jinja2", reason="needs the package jinja2")
 
 from m2jax.cli.main import main
+from tests.multiprocess import harness
 
 CONFIG = Path(__file__).with_name("toy_job.py")
 ROOT = Path(__file__).parents[2]
@@ -53,7 +54,9 @@ def begin(folder: Path, workdir: str, seconds: str, capsys) -> subprocess.Popen:
     words += ["--program", program, "--env", f"TOY_SECONDS={seconds}"]
     assert main(["launch", "mpi", *words]) == 0
     (folder / "job.sh").write_text(capsys.readouterr().out)
-    environ = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
+    ours = ("JAX_COMPILATION_CACHE_DIR", "PJRT_NPROC")  # see test_slurm.py
+    environ = {k: v for k, v in os.environ.items() if k not in ours} | {
+        "XLA_FLAGS": harness.QUICK_COMPILES,
         "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
         "OMPI_ALLOW_RUN_AS_ROOT": "1",
         "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",

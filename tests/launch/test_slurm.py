@@ -141,7 +141,7 @@ def test_a_cancelled_job_saves_and_stays_away(cluster, submit, tmp_path) -> None
     after = cluster.show(run.job)
     assert (after["JobState"], after["Restarts"]) == ("CANCELLED", "0"), run.log
     saved = [int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdigit()]
-    assert saved == [run.rows[-1]["step"]]
+    assert max(saved) == run.rows[-1]["step"]  # beside a regular save, when the end came late
 
 
 def test_bad_input_is_not_tried_again(cluster, submit, tmp_path) -> None:
