@@ -43,6 +43,7 @@ class Model:
     patch_drop: float = 0.0  # share of image patches dropped in training (FLIP)
     attention: str = "batch"  # batch | sample: one at a time, which stays in a CPU's cache
     remat: str = "none"  # what the backward pass recomputes: a key of REMAT
+    products: str = ""  # int8 | fp8: the encoder's, forward, in 8 bits (needs aqtp); "": in dtype
     fused_qkv: bool = True  # one product for queries, keys and values; three split over devices
     unroll: int = 1  # layers per iteration of the scan; >= the depth unrolls it
 

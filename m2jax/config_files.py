@@ -68,7 +68,8 @@ def _run_file(file: Path, arg: str) -> ConfigDict:
     except Exception as error:  # whatever the user's code raises is theirs to mend
         reason = " ".join(str(a) for a in error.args[:1]).replace("\n", " ")
         raise UserError(
-            f"{file}: {type(error).__name__}: {reason}: mend the config file"
+            f"{file}: {type(error).__name__}: {reason}: mend the config file, or what follows the "
+            "colon after its name"
         ) from error
     if not isinstance(config, ConfigDict):
         raise UserError(f"{file}: get_config returned no ConfigDict: start from as_config_dict()")

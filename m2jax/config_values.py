@@ -35,6 +35,7 @@ _CHOICES: Mapping[tuple[str, str], tuple[str, ...]] = types.MappingProxyType(
         ("Model", "param_dtype"): ("bfloat16", "float16", "float32", "float64"),
         ("Model", "attention"): ("batch", "sample"),
         ("Model", "remat"): tuple(REMAT),
+        ("Model", "products"): ("", "int8", "fp8"),
         ("Optim", "name"): ("adamw", "adafactor", "lion", "muon"),
         ("Data", "unreadable"): ("error", "skip"),
         ("Part", "kind"): ("tsv", "tars"),

@@ -16,6 +16,7 @@ PACKAGE = Path(m2jax.__file__).parent
 
 # Outside library -> the only place in m2jax that may import it.
 HOMES = {
+    "aqt": "models",
     "orbax": "checkpoint",
     "fsspec": "checkpoint",
     "grain": "data",
@@ -31,7 +32,7 @@ HOMES = {
     "transformers": "checkpoint/convert",
 }
 FORBIDDEN = {"tensorflow", "keras"}
-ONLY_IN_FUNCTIONS = {"torch", "transformers", "tokenizers", "huggingface_hub", "wandb"}
+ONLY_IN_FUNCTIONS = {"aqt", "torch", "transformers", "tokenizers", "huggingface_hub", "wandb"}
 
 
 def test_import_is_quick_and_loads_no_jax() -> None:

@@ -39,7 +39,8 @@ def add_parser(subparsers: Any) -> None:
         nargs="+",
         default=[],
         metavar="KEY=VALUE[,KEY=VALUE...]",
-        help="one more column per word, with these settings changed: mesh.fsdp=8,mesh.model=2",
+        help="one more column per word, with these settings changed: mesh.fsdp=8,mesh.model=2; the "
+        "exit code is that of the first column, the config as it is",
     )
     parser.add_argument(
         "--largest-batch",
@@ -52,6 +53,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Plans; 3 when what was asked for does not fit."""
+    compile_only()
     from m2jax.config import UserError
     from m2jax.config_files import load_config
     from m2jax.train.origin import settled
@@ -60,8 +62,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--largest-batch with --compare: ask for one of them")
     if args.json:
         files.check_parent(args.json, "--json")
-    compile_only()
-    from m2jax.plan import planner, report
+    from m2jax.plan import largest, planner, report
 
     experiment = settled(load_config(args.config, args.overrides))
     changes = planner.variants(args.compare)
@@ -71,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         print(text, file=sys.stderr, flush=True)
 
     if args.largest_batch:
-        plans = planner.largest_batch(experiment, args.topology, say=say)
+        plans = largest.largest_batch(experiment, args.topology, say=say)
         titles = [f"batch {one.batch_size:,}" for one in plans]
         fitting = [one for one in plans if one.fits]
         answer = max(fitting, key=lambda one: one.batch_size) if fitting else plans[-1]
@@ -84,8 +85,7 @@ def run(args: argparse.Namespace) -> int:
         answer = plans[0]
     print(report.table(plans, titles))
     if args.largest_batch:
-        found = f"{answer.batch_size:,}" if answer.fits else "none of those tried"
-        print(f"\nlargest batch that fits: {found}")
+        print(f"\n{largest.limits(plans)}")
     if args.json:
         content = planner.as_json(answer)
         if len(plans) > 1:

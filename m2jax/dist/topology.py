@@ -37,9 +37,16 @@ class Chip:
     memory_rate: float  # bytes/s
     link_rate: float  # bytes/s and direction: one torus link of a TPU, all of NVLink of a GPU
     network_rate: float  # bytes/s out of a device to other slices or hosts
+    narrow_factor: float = 2.0  # peak of products of 8-bit numbers / peak_flops
     clock: float = 0.0  # Hz; turns libtpu's cycle estimates into seconds, 0: there are none
     clock_known: bool = True  # False: assumed, so seconds from cycles only compare programs
+    most: tuple[int, ...] = ()  # shape of the largest slice, sizes in order; GPUs of a host
     source: str = ""
+
+    @property
+    def ridge(self) -> float:
+        """FLOPs per byte of main memory below which memory is what bounds."""
+        return self.peak_flops / self.memory_rate
 
 
 _DOCS = "cloud.google.com/tpu/docs/"
@@ -47,32 +54,34 @@ _DOCS = "cloud.google.com/tpu/docs/"
 CHIPS: Mapping[str, Chip] = {
     "v4": Chip(
         kind="v4", platform="tpu", peak_flops=275e12, memory=30.75 * GIB, memory_rate=1.2e12,
-        link_rate=50e9, network_rate=3.125e9, clock=1.05e9,
+        link_rate=50e9, network_rate=3.125e9, narrow_factor=1.0, clock=1.05e9,
+        most=(16, 16, 16),
         source=_DOCS + "v4; links: Jouppi et al. 2023, table 4",
     ),
     "v5e": Chip(
         kind="v5e", platform="tpu", peak_flops=197e12, memory=15.75 * GIB, memory_rate=819e9,
-        link_rate=50e9, network_rate=3.125e9, clock=1.5e9,
+        link_rate=50e9, network_rate=3.125e9, clock=1.5e9, most=(16, 16),
         source=_DOCS + "v5e (400 GB/s over 4 ports, both ways; 6.4 Tbit/s for 256 chips)",
     ),
     "v5p": Chip(
         kind="v5p", platform="tpu", peak_flops=459e12, memory=95.74 * GIB, memory_rate=2765e9,
-        link_rate=100e9, network_rate=6.25e9, clock=1.75e9,
+        link_rate=100e9, network_rate=6.25e9, clock=1.75e9, most=(16, 16, 24),
         source=_DOCS + "v5p (1200 GB/s over 6 ports, both ways; 50 Gbit/s of network)",
     ),
     "v6e": Chip(
         kind="v6e", platform="tpu", peak_flops=918e12, memory=31.25 * GIB, memory_rate=1638e9,
         link_rate=100e9, network_rate=12.5e9, clock=1.75e9, clock_known=False,
+        most=(16, 16),
         source=_DOCS + "v6e (800 GB/s over 4 ports, both ways; 4 x 200 Gbit/s for 8 chips)",
     ),
     "h100": Chip(
         kind="h100", platform="cuda", peak_flops=989.4e12, memory=0.94 * 80e9, memory_rate=3.35e12,
-        link_rate=450e9, network_rate=50e9,
+        link_rate=450e9, network_rate=50e9, most=(8,),
         source="nvidia.com H100 SXM datasheet, dense; one 400 Gbit/s adapter per GPU",
     ),
     "h200": Chip(
         kind="h200", platform="cuda", peak_flops=989.4e12, memory=0.94 * 141e9, memory_rate=4.8e12,
-        link_rate=450e9, network_rate=50e9,
+        link_rate=450e9, network_rate=50e9, most=(8,),
         source="nvidia.com H200 SXM datasheet, dense; one 400 Gbit/s adapter per GPU",
     ),
 }  # fmt: skip
@@ -122,6 +131,11 @@ def describe(name: str) -> Topology:
     if parts is None or parts.kind not in CHIPS:
         raise UserError(f"--topology {name}: no such machine: use one of {KNOWN}")
     chip, slices = CHIPS[parts.kind], parts.slices or 1
+    sizes = sorted(parts.sizes) if chip.platform == "tpu" else parts.sizes[-1:]
+    if len(sizes) != len(chip.most) or any(a > b for a, b in zip(sizes, chip.most, strict=True)):
+        most = "x".join(map(str, chip.most))
+        what = "slices" if chip.platform == "tpu" else "hosts"
+        raise UserError(f"--topology {name}: {chip.kind} {what} go to {most}: use one of {KNOWN}")
     if chip.platform == "tpu":
         return Topology(name, chip, _tpu(name, chip, parts.shape, slices), slices)
     if parts.slices or len(parts.sizes) > 2:

@@ -72,7 +72,7 @@ def contrastive_loss(
         ValueError: an unknown ``impl``, shapes that differ, options that exclude each other.
         UserError: a batch or group that does not fit the mesh.
     """
-    _check(image, text, bias, impl, ids, label_smoothing)
+    _check(image, text, bias, impl, ids, label_smoothing, group, tile)
     wide = jnp.promote_types(image.dtype, jnp.float32)
     wire = jnp.dtype(wire_dtype or image.dtype)
     image, text = _rounded(image, wire), _rounded(text, wire)
@@ -110,7 +110,8 @@ def _from_sums(
     ids = jnp.arange(len(image)) if ids is None else ids
     if ids.dtype.itemsize > 4:  # too wide to travel: the place of an equal one among all stands in
         ids = jnp.searchsorted(jnp.sort(ids), ids)
-    ids = jnp.maximum(ids.astype(jnp.int32), PADDING + 1)  # unsigned ones wrap, one to one
+    # Unsigned ones wrap. The two lowest of the 2^32 become one.
+    ids = jnp.maximum(ids.astype(jnp.int32), PADDING + 1)
     rows, columns = sums_of(pairs, image, text, ids, scale, shift)
     image, text = image.astype(wide), text.astype(wide)
     own = scale * (image * text).sum(1) + shift
@@ -123,7 +124,10 @@ def _from_sums(
     return loss
 
 
-def _check(image: Any, text: Any, bias: Any, impl: str, ids: Any, label_smoothing: float) -> None:
+def _check(
+    image: Any, text: Any, bias: Any, impl: str, ids: Any, label_smoothing: float,
+    group: int | None, tile: int,
+) -> None:  # fmt: skip
     if impl != "dense" and impl not in IMPLS:
         raise ValueError(
             f"contrastive_loss: impl={impl!r} is unknown: use one of dense, {', '.join(IMPLS)}"
@@ -132,6 +136,11 @@ def _check(image: Any, text: Any, bias: Any, impl: str, ids: Any, label_smoothin
         raise ValueError(
             f"contrastive_loss: image {image.dtype}{list(image.shape)} and text "
             f"{text.dtype}{list(text.shape)} differ"
+        )
+    if tile < 1 or (group is not None and group < 1) or not 0 <= label_smoothing < 1:
+        raise ValueError(
+            f"contrastive_loss: tile={tile}, group={group} or label_smoothing={label_smoothing} is "
+            "out of range"
         )
     if label_smoothing and (bias is not None or ids is not None):
         raise ValueError("contrastive_loss: label_smoothing goes with neither bias nor ids")

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from m2jax.models import quantised
+
 Stack = tuple[int, ...]
 Init = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
 
@@ -62,7 +64,9 @@ class Linear(nnx.Module):
         bias_init: Init | None = None,
         stack: Stack = (),
         dtype: jnp.dtype = jnp.float32,
+        products: str = "",
     ):
+        self.products = products  # how they are rounded: see models.quantised
         self.kernel = param(rngs, init, stack + shape, axes, dtype)
         self.bias = (
             param(rngs, bias_init, stack + shape[1:], axes[1:], dtype) if bias_init else None
@@ -85,7 +89,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
         """Applies the map to the last axis."""
-        y = x @ self.kernel[...].astype(x.dtype)
+        y = quantised.product(x, self.kernel[...].astype(x.dtype), self.products)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
@@ -145,7 +149,8 @@ def normed(
         folded = [(g[:, None] * kernel.astype(wide)).astype(x.dtype) for kernel, _, _ in products]
         h, results = standardise(x, norm.eps), []
         for weight, (kernel, bias, cuts) in zip(folded, products, strict=True):
-            y = h @ weight + (b @ kernel.astype(wide) + bias.astype(wide)).astype(x.dtype)
+            y = quantised.product(h, weight, linears[0].products)
+            y = y + (b @ kernel.astype(wide) + bias.astype(wide)).astype(x.dtype)
             results += jnp.split(y, cuts, axis=-1)
         return results
 

@@ -59,8 +59,9 @@ class Block(nnx.Module):
             else:
                 init, bias_init = layers.normal(shape[0] ** -0.5), layers.constant(0.0)
             return layers.Linear(
-                rngs, shape, axes, init=init, bias_init=bias_init, stack=stack, dtype=dtype
-            )
+                rngs, shape, axes, init=init, bias_init=bias_init, stack=stack, dtype=dtype,
+                products=cfg.products,
+            )  # fmt: skip
 
         def norm(width: int, axis: str | None = None) -> layers.LayerNorm:
             return layers.LayerNorm(rngs, width, axis=axis, stack=stack, dtype=dtype)

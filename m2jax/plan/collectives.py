@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -198,7 +199,7 @@ class _Places:
         return "+".join(a for a, wide in zip(self.axes, widest, strict=True) if wide) or "none"
 
     def rate(self, groups: Groups, kind: str) -> float:
-        """Bytes/s one device can send at: over every link of the torus dimensions a group spans.
+        """Bytes/s one device can send at: over every link that it has to others of its group.
 
         A group that leaves a slice or a host goes at the rate of the network there. Groups are
         alike, so the first speaks for all; of permutations the slowest pair does.
@@ -214,9 +215,22 @@ class _Places:
             return chip.link_rate
         if kind == "collective-permute":
             return chip.link_rate
+        return chip.link_rate * max(self._links(members), 1)
+
+    def _links(self, members: Sequence[Any]) -> int:
+        """Links of a device inside a group: two a dimension whose ring it closes, one on a line.
+
+        A torus dimension is a ring when the slice's is: any multiple of 4 where chips form cubes,
+        16 where they lie flat (the whole pod).
+        """
+        links = 0
+        everyone = zip(*(device.coords for device in self.topology.devices), strict=True)
         columns = zip(*(device.coords for device in members), strict=True)
-        spanned = sum(len(set(column)) > 1 for column in columns)
-        return chip.link_rate * 2 * max(spanned, 1)  # both directions of each dimension
+        for whole, column in zip(everyone, columns, strict=True):
+            size, spanned = max(whole) + 1, len(set(column))
+            wraps = size % (4 if len(self.topology.chip.most) == 3 else 16) == 0
+            links += 0 if spanned == 1 else 2 if spanned == size and wraps else 1
+        return links
 
 
 def outside(device: object, platform: str) -> int:

@@ -36,6 +36,7 @@ class Memory(NamedTuple):
     optimizer: int
     temporaries: int
     total: int
+    peak: int = 0  # by the compiler's own count, which leaves gaps out; 0 where it does not fit
 
 
 class Compiled(NamedTuple):
@@ -135,7 +136,8 @@ def _memory(analysis: Any, parts: dict[str, int]) -> Memory:
     arguments = analysis.argument_size_in_bytes
     results = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     temporaries = analysis.temp_size_in_bytes + analysis.generated_code_size_in_bytes
-    return Memory(**parts, temporaries=temporaries, total=arguments + results + temporaries)
+    total, peak = arguments + results + temporaries, analysis.peak_memory_in_bytes
+    return Memory(**parts, temporaries=temporaries, total=total, peak=peak)
 
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "": 1}

@@ -44,7 +44,7 @@ def costs(experiment: Experiment, topology: Topology, mesh: Mesh) -> list[Cost]:
 def _cost(impl: str, experiment: Experiment, topology: Topology, mesh: Mesh) -> Cost:
     cfg = experiment.loss.contrastive
 
-    def loss(image: jax.Array, text: jax.Array, scale: jax.Array) -> jax.Array:
+    def loss(image: jax.Array, text: jax.Array, scale: jax.Array, ids: jax.Array) -> jax.Array:
         return contrastive_loss(
             image,
             text,
@@ -53,6 +53,7 @@ def _cost(impl: str, experiment: Experiment, topology: Topology, mesh: Mesh) -> 
             impl=impl,
             mesh=mesh,
             group=(cfg.group or None) if impl == cfg.impl else None,
+            ids=ids if cfg.mask_same_caption else None,
             label_smoothing=cfg.label_smoothing,
             wire_dtype=cfg.wire_dtype,
             tile=cfg.tile,
@@ -63,14 +64,17 @@ def _cost(impl: str, experiment: Experiment, topology: Topology, mesh: Mesh) -> 
         (experiment.data.batch_size, experiment.model.out_dim), jnp.float32, sharding=places[0]
     )
     scale = jax.ShapeDtypeStruct((), jnp.float32, sharding=places[2])
+    ids = jax.ShapeDtypeStruct(rows.shape[:1], jnp.int32, sharding=places[0])
     gradient = jax.jit(
-        jax.value_and_grad(loss, argnums=(0, 1, 2)), in_shardings=places,
+        jax.value_and_grad(loss, argnums=(0, 1, 2)),
+        in_shardings=(*places, places[0]),
         out_shardings=(places[2], places),
-    )  # fmt: skip
+    )
     try:
         with uncached():
-            compiled = gradient.lower(rows, rows, scale).compile(OPTIONS[topology.chip.platform])
-    except (UserError, ValueError) as error:  # a form that this mesh or batch does not suit
+            lowered = gradient.lower(rows, rows, scale, ids)
+            compiled = lowered.compile(OPTIONS[topology.chip.platform])
+    except UserError as error:  # a form that this mesh or batch does not suit
         return Cost(impl, None, 0.0, str(error).splitlines()[0])
     except jax.errors.JaxRuntimeError as error:
         used = out_of_memory(str(error))

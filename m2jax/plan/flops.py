@@ -11,13 +11,16 @@ from __future__ import annotations
 import functools
 import math
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from m2jax.config import Experiment
+from m2jax.dist.topology import Chip
 from m2jax.models.params import Abstract, flatten
 from m2jax.plan.hlo import Array, Computation, HloError, Instruction, Module
+from m2jax.plan.loops import Visit
 from m2jax.train.flops import traced as traced
 
 
@@ -100,6 +103,27 @@ def _tokens_through(own: dict[str, Any], patches: int, stack: str, *linears: str
     kernels = (n for n in flatten(own).items() if n[0].startswith(names) and "kernel" in n[0])
     depth, _, width = own[stack]["blocks"]["q"]["kernel"].shape
     return 2 * patches * sum(leaf.size for _, leaf in kernels) + 4 * depth * patches**2 * width
+
+
+def of_program(module: Module, visits: Iterable[Visit], chip: Chip) -> tuple[float, float]:
+    """FLOPs of a whole program on one device, and the seconds they take at the chip's peak."""
+    total = seconds = 0.0
+    for visit in visits:
+        one = visit.instruction
+        if one.opcode in ("dot", "convolution", "custom-call"):
+            work = instruction_flops(module, visit.computation, one) * visit.times
+            narrow = work and is_narrow(visit.computation, one)
+            total += work
+            seconds += work / (chip.peak_flops * (chip.narrow_factor if narrow else 1.0))
+    return total, seconds
+
+
+def is_narrow(computation: Computation, instruction: Instruction) -> bool:
+    """Whether a product takes numbers of 8 bits on both sides."""
+    return all(operand(computation, instruction, i).dtype in NARROW for i in (0, 1))
+
+
+NARROW = {"s8", "u8", "f8e4m3fn", "f8e5m2", "f8e4m3", "f8e4m3fnuz", "f8e5m2fnuz"}
 
 
 def instruction_flops(module: Module, computation: Computation, instruction: Instruction) -> float:

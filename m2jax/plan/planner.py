@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from m2jax.config import Experiment, UserError
-from m2jax.dist.sharding import batch_shards
 from m2jax.dist.topology import Topology, describe
 from m2jax.plan import collectives as collectives_lib
 from m2jax.plan import contrast, flops, hlo, loops, schedule, traffic
@@ -70,6 +69,27 @@ class Plan:
         """The same with free communication."""
         return self._share(self.times.compute) if self.times else 0.0
 
+    @property
+    def intensity(self) -> float:
+        """FLOPs per byte to and from main memory."""
+        return self.flops / self.memory_bytes if self.memory_bytes else 0.0
+
+    @property
+    def bound(self) -> str:
+        """What the step cannot beat even with perfect overlap: the longest of three times.
+
+        Arithmetic at the chip's peak, main memory at its rate, collectives at the links' rate; ""
+        where the step does not fit.
+        """
+        if self.times is None:
+            return ""
+        seconds = {
+            "compute": self.times.floor,
+            "main memory": self.memory_bytes / self.topology.chip.memory_rate,
+            "links": self.times.communication,
+        }
+        return max(seconds, key=seconds.__getitem__)
+
     def _share(self, seconds: float) -> float:
         return self.model_flops / (self.topology.chip.peak_flops * seconds)
 
@@ -121,18 +141,14 @@ def _account(result: Plan, compiled: Compiled) -> Plan:
     missed = collectives_lib.in_text(module) - set(found)
     if missed:
         raise hlo.HloError(f"collectives that no loop or call reaches: {sorted(missed)[:3]}")
-    counted = sum(
-        flops.instruction_flops(module, visit.computation, visit.instruction) * visit.times
-        for visit in visits
-        if visit.instruction.opcode in ("dot", "convolution", "custom-call")
-    )
-    times = schedule.play(module, result.topology.chip, found, counted)
+    counted, at_peak = flops.of_program(module, visits, result.topology.chip)
+    times = schedule.play(module, result.topology.chip, found, at_peak)
     checks = Checks(
         counted * result.chips / compiled.traced_flops,
         compiled.model_flops / compiled.sized_flops,
         times.compute / times.floor,
     )
-    check(checks)
+    check(checks, copies=result.mesh.get("model", 1))
     return dataclasses.replace(
         result,
         flops=counted,
@@ -148,14 +164,19 @@ def _account(result: Plan, compiled: Compiled) -> Plan:
     )
 
 
-def check(checks: Checks) -> None:
+def check(checks: Checks, *, copies: int = 1) -> None:
     """Refuses numbers that cannot be right.
 
+    Args:
+        checks: the ratios.
+        copies: devices that may do the same work (of the mesh axis ``model``).
+
     Raises:
-        HloError: the compiled program does much less than the trace (a loop's trips miscounted),
-            the trace less than the model's sizes need, or the schedule beats the hardware.
+        HloError: the compiled program does much less or more than the trace (a loop's trips
+            miscounted), the trace less than the model's sizes need, or the schedule beats the
+            hardware.
     """
-    if checks.compiled_to_traced < 0.7:
+    if not 0.7 < checks.compiled_to_traced < 1.3 * copies:
         raise hlo.HloError(
             f"the compiled step has {checks.compiled_to_traced:.2f} of the traced one's FLOPs: "
             "a loop was miscounted"
@@ -171,49 +192,6 @@ def check(checks: Checks) -> None:
         )
 
 
-def largest_batch(
-    experiment: Experiment,
-    topology: str,
-    *,
-    compiles: int = 6,
-    say: Callable[[str], None] = silent,
-) -> list[Plan]:
-    """Plans ever closer to the largest batch that fits; rows per device in steps of 8 (or 1).
-
-    The rows of a device are those of a micro-batch where the run accumulates.
-
-    Memory grows about linearly with the batch, so the second try is where a line through the
-    state's bytes and the first try says, and later ones halve what is left in between.
-
-    Returns:
-        Every plan that was made, in order; the best is the largest that fits.
-
-    Raises:
-        UserError: as ``plan``.
-    """
-    machine = describe(topology)
-    first = plan(experiment, machine, say=say)
-    tried = [first]
-    rows = batch_shards(first.mesh) * experiment.train.accumulate
-    unit = 8 if first.batch_size // rows >= 8 else 1
-    low, high = 0, 0  # in units per device: fits, does not fit (0: not known)
-    state = first.memory.parameters + first.memory.optimizer
-    while len(tried) < compiles:
-        last = tried[-1]
-        size = last.batch_size // rows // unit
-        low, high = (max(low, size), high) if last.fits else (low, min(high or size, size))
-        if high and high - low <= 1:
-            break
-        each = (last.memory.total - state) / max(size, 1)
-        guess = int((machine.chip.memory - state) / max(each, 1.0))
-        if len(tried) > 1 and high:
-            guess = (low + high) // 2
-        guess = max(guess, low + 1) if not high else min(max(guess, low + 1), high - 1)
-        bigger = dataclasses.replace(experiment.data, batch_size=guess * rows * unit)
-        tried.append(plan(dataclasses.replace(experiment, data=bigger), machine, say=say))
-    return tried
-
-
 def variants(words: list[str]) -> list[list[str]]:
     """Overrides of each column of a comparison: ``mesh.fsdp=8,mesh.model=2`` is one column.
 
@@ -223,7 +201,7 @@ def variants(words: list[str]) -> list[list[str]]:
     columns = []
     for word in words:
         parts: list[str] = []
-        for part in word.split(","):
+        for part in (piece.strip() for piece in word.split(",")):
             if "=" in part:
                 parts.append(part)
             elif parts:  # a value with a comma in it
@@ -259,6 +237,9 @@ def as_json(one: Plan) -> dict[str, Any]:
         "sent_bytes_per_chip": one.sent,
         "step_seconds": one.times.total if one.times else None,
         "seconds": one.times._asdict() if one.times else None,
+        "bound": one.bound,
+        "flops_per_byte": one.intensity if one.times else None,
+        "ridge_flops_per_byte": one.topology.chip.ridge,
         "mfu": one.mfu if one.times else None,
         "mfu_compute_only": one.mfu_compute_only if one.times else None,
         "checks": one.checks._asdict() if one.checks else None,

@@ -87,6 +87,7 @@ def _rows(plans: Sequence[Plan]) -> list[tuple[str, list[str]]]:
         ("optimiser GiB/chip", [_gib(p.memory.optimizer) for p in plans]),
         ("temporaries GiB/chip", [_gib(p.memory.temporaries) for p in plans]),
         ("total GiB/chip", [_gib(p.memory.total) for p in plans]),
+        ("  peak by the compiler", [_gib(p.memory.peak) if p.times else "-" for p in plans]),
         ("limit GiB/chip", [_gib(p.topology.chip.memory) for p in plans]),
         ("model TFLOP/chip", [f"{p.model_flops / 1e12:,.1f}" for p in plans]),
         ("computed TFLOP/chip", [_or_dash(p, p.flops / 1e12, "{:,.1f}") for p in plans]),
@@ -101,7 +102,8 @@ def _rows(plans: Sequence[Plan]) -> list[tuple[str, list[str]]]:
             cells.append(f"{sent / GIB:,.3f}" if sent else "-")
         rows.append((f"  {kind} over {axis}", cells))
     rows += [
-        ("bound by", [bound(p) for p in plans]),
+        ("FLOPs per byte (chip's ridge)", [_intensity(p) for p in plans]),
+        ("bound by", [p.bound for p in plans]),
         ("FLOPs / peak s", [_time(p, "floor") for p in plans]),
         ("compute s", [_time(p, "compute") for p in plans]),
         ("  without an estimate s", [_time(p, "unestimated") for p in plans]),
@@ -117,16 +119,8 @@ def _rows(plans: Sequence[Plan]) -> list[tuple[str, list[str]]]:
     return rows
 
 
-def bound(plan: Plan) -> str:
-    """What the step cannot beat even with perfect overlap: the longest of three times."""
-    if plan.times is None:
-        return "-"
-    seconds = {
-        "compute": plan.times.compute,
-        "main memory": plan.memory_bytes / plan.topology.chip.memory_rate,
-        "links": plan.times.communication,
-    }
-    return max(seconds, key=seconds.__getitem__)
+def _intensity(plan: Plan) -> str:
+    return _or_dash(plan, plan.intensity, "{:.0f}") + f" ({plan.topology.chip.ridge:.0f})"
 
 
 def _waiting(plan: Plan) -> float:

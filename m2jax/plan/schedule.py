@@ -10,6 +10,7 @@ contention between collectives and memory traffic, host work and input.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 from m2jax.dist.topology import Chip
@@ -25,12 +26,12 @@ class Times(NamedTuple):
     total: float
     compute: float  # everything but waiting for collectives
     communication: float  # of all collectives, whether or not compute hides them
-    floor: float  # FLOPs / peak: no schedule is faster
+    floor: float  # FLOPs / peak, of 8-bit products at theirs: no schedule is faster
     unestimated: float  # of ``compute``, what the roofline stands in for cycles
 
 
 def play(
-    module: hlo.Module, chip: Chip, collectives: dict[str, Collective], counted: float
+    module: hlo.Module, chip: Chip, collectives: dict[str, Collective], at_peak: float
 ) -> Times:
     """Plays a scheduled program once.
 
@@ -38,11 +39,11 @@ def play(
         module: the compiled program.
         chip: what it runs on.
         collectives: by instruction name.
-        counted: FLOPs of the whole program on one device.
+        at_peak: seconds that the program's FLOPs take one device at its peak.
     """
     player = _Player(module, chip, collectives)
     result = player.computation(module.entry)
-    return result._replace(floor=counted / chip.peak_flops)
+    return result._replace(floor=at_peak)
 
 
 class _Player:
@@ -72,6 +73,8 @@ class _Player:
                     ends[instruction.name] = busy_until
                 else:
                     now = max(now + own, busy_until)
+            elif instruction.opcode == "async-update":
+                ends[instruction.name] = ends.get(instruction.operands[0], 0.0)
             elif instruction.opcode.endswith("-done"):
                 now = max(now, ends.get(instruction.operands[0], 0.0))
             elif instruction.opcode in ("while", "call", "conditional"):
@@ -98,15 +101,23 @@ class _Player:
         return max(called)
 
     def _collective(self, instruction: hlo.Instruction) -> Collective | None:
-        """The collective an instruction is or starts, also where a fusion or call wraps it."""
+        """The collective an instruction is or starts, also where a fusion or call wraps it.
+
+        Of several that are wrapped together one follows the other.
+        """
         found = self.collectives.get(instruction.name)
         if found or instruction.opcode not in ("fusion", "async-start", "call-start"):
             return found
-        for _, name in instruction.called:
-            for inner in self.module.computations[name].instructions.values():
-                if kind_of(inner, name):
-                    return self.collectives[inner.name]
-        return None
+        wrapped = [
+            self.collectives[inner.name]
+            for _, name in instruction.called
+            for inner in self.module.computations[name].instructions.values()
+            if kind_of(inner, name)
+        ]
+        if not wrapped:
+            return None
+        seconds = sum(one.seconds for one in wrapped)
+        return dataclasses.replace(wrapped[0], sent=seconds * wrapped[0].rate)
 
     def _beside(self, computation: hlo.Computation, instruction: hlo.Instruction) -> float:
         """Compute of a collective: where the compiler fused it with a product, they run at once."""

@@ -9,6 +9,8 @@ NOTHING = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id",
     "replica-id", "opt-barrier", "while", "call", "conditional", "iota", "domain",
     "copy-done", "slice-done", "async-done", "async-update", "call-done",
+    "async-start", "call-start",  # what they wrap is walked by itself
+    "all-gather-done", "all-reduce-done", "collective-permute-done",
 }  # fmt: skip
 
 
@@ -29,6 +31,8 @@ def moved(module: Module, computation: Computation, instruction: Instruction) ->
         return 2.0 * update.main_bytes
     if instruction.opcode in ("copy-start", "slice-start"):  # (to, from, flag)
         return float(sum(a.bytes for a in instruction.arrays[:2] if not a.on_chip))
+    if instruction.opcode in ("all-gather-start", "collective-permute-start"):
+        return float(instruction.main_bytes)  # of a tuple of what they read and what they write
     reads = {name: computation.instructions.get(name) for name in instruction.operands}
     return float(instruction.main_bytes + sum(one.main_bytes for one in reads.values() if one))
 

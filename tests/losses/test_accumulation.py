@@ -16,7 +16,7 @@ ROWS, WIDTH = 48, 6
 
 
 def encode(params, batch, rng):
-    """A nonlinear tower per side, with noise that depends on the key."""
+    """A nonlinear tower per side."""
     del rng
     hidden = {name: jnp.tanh(batch[name] @ params[name]) for name in ("image", "text")}
     return {k: x / jnp.linalg.norm(x, axis=1, keepdims=True) for k, x in hidden.items()}

@@ -141,6 +141,8 @@ class Chip:
     ("group", "slices", "rate"),
     [
         ((0, 1, 2, 3), 1, 200e9),  # a row: one dimension, both directions
+        ((0, 1), 1, 100e9),  # half a row: a line
+        ((0, 1, 4, 5), 1, 200e9),  # a square of lines
         (tuple(range(16)), 1, 400e9),  # a plane
         ((0, 8), 2, 6.25e9),  # over the network
     ],
@@ -151,6 +153,14 @@ def test_rates_follow_the_links_a_group_spans(group, slices, rate) -> None:
     places = lib._Places(topology, dict(zip(AXES, (1, 1, 16, 1), strict=True)))
     assert places.rate((group,), "all-gather") == rate
     assert places.rate((group[:2],), "collective-permute") == (100e9 if slices == 1 else rate)
+
+
+def test_rows_of_a_flat_machine_close_in_a_whole_pod_alone() -> None:
+    devices = tuple(Chip(i) for i in range(16))
+    places = lib._Places(
+        Topology("toy", CHIPS["v5e"], devices, 1), dict(zip(AXES, (1, 1, 16, 1), strict=True))
+    )
+    assert places.rate(((0, 1, 2, 3),), "all-gather") == 50e9
 
 
 def test_every_kind_is_spelt_as_hlo_does() -> None:

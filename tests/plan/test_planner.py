@@ -5,6 +5,8 @@ import dataclasses
 import importlib.util
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -15,9 +17,10 @@ from m2jax import config
 from m2jax.cli.main import main as command
 from m2jax.config import UserError
 from m2jax.dist.mesh import make_mesh
-from m2jax.dist.topology import CHIPS, describe
+from m2jax.dist.topology import describe
 from m2jax.plan import compile as compile_lib
 from m2jax.plan import contrast, hlo, loops, planner, report
+from tests.plan.test_largest import plans
 
 tpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
@@ -104,8 +107,27 @@ def test_every_form_of_the_loss_is_compiled_alone() -> None:
     rows = {c.impl: c for c in contrast.costs(small(), machine, mesh)}
     assert tuple(rows) == config.choices(config.Contrastive, "impl")
     # 256 x 128 float32 features over 8 devices; dense gathers one side whole, forward at least.
-    assert rows["dense"].temporaries is not None
     assert rows["dense"].sent >= 256 * 128 * 4 * 7 / 8
+    for name, row in rows.items():
+        assert row.temporaries is not None, f"{name}: {row.note}"
+        assert row.sent >= 256 * 128 * 4 / 8, name
+
+
+@tpu
+def test_the_loss_is_compiled_with_the_masks_of_the_run() -> None:
+    """Rows of one caption are told apart by ids, which the masked form alone reads."""
+    base = small()
+    masked = dataclasses.replace(base.loss.contrastive, mask_same_caption=True)
+    machine = describe("v5e:2x4")
+    mesh = make_mesh(config.Mesh(fsdp=4), machine.devices)
+    machine = machine._replace(devices=tuple(mesh.devices.flat))
+    loss = dataclasses.replace(base.loss, contrastive=masked)
+    both = [
+        contrast._cost("ring", one, machine, mesh).sent
+        for one in (base, dataclasses.replace(base, loss=loss))
+    ]
+    assert both[0] > 0
+    assert both[1] >= both[0]
 
 
 @tpu
@@ -154,49 +176,6 @@ def test_the_compilers_refusal_is_understood() -> None:
     assert compile_lib.out_of_memory("INTERNAL: something else") is None
 
 
-def plans(fitting: int):
-    """A planner that fits up to so many rows; memory grows linearly, with a jump."""
-
-    def plan(experiment, machine, *, contrastive=False, say=print):
-        assert experiment.data.batch_size % (8 * experiment.train.accumulate) == 0
-        rows = experiment.data.batch_size
-        memory = compile_lib.Memory(1, 2, rows, 3 + rows)
-        times = planner.Times(1.0, 1.0, 0.0, 0.5, 0.0) if rows <= fitting else None
-        chip = dataclasses.replace(CHIPS["v5e"], memory=1e15)
-        topology = planner.Topology("toy", chip, tuple(range(8)), 1)
-        return planner.Plan(
-            topology=topology, mesh={"replica": 1, "data": 8, "fsdp": 1, "model": 1},
-            batch_size=rows, memory=memory, compile_seconds=0.0, times=times,
-        )  # fmt: skip
-
-    return plan
-
-
-@pytest.mark.parametrize("fitting", [64, 128, 448, 1000])
-def test_the_largest_batch(monkeypatch, fitting: int) -> None:
-    monkeypatch.setattr(planner, "plan", plans(fitting))
-    small_memory = dataclasses.replace(CHIPS["v5e"], memory=float(fitting))
-    monkeypatch.setattr(
-        planner, "describe", lambda name: planner.Topology(name, small_memory, (), 1)
-    )
-    experiment = config.Experiment(data=config.Data(batch_size=64))
-    tried = planner.largest_batch(experiment, "toy", compiles=20)
-    best = max(one.batch_size for one in tried if one.fits)
-    assert best == fitting // 64 * 64
-    assert len(tried) <= 8
-
-
-def test_the_largest_batch_of_a_run_that_accumulates_still_divides(monkeypatch) -> None:
-    monkeypatch.setattr(planner, "plan", plans(1000))
-    memory = dataclasses.replace(CHIPS["v5e"], memory=1000.0)
-    monkeypatch.setattr(planner, "describe", lambda name: planner.Topology(name, memory, (), 1))
-    experiment = config.Experiment(
-        data=config.Data(batch_size=96), train=config.Train(accumulate=3)
-    )
-    tried = planner.largest_batch(experiment, "toy", compiles=20)
-    assert max(one.batch_size for one in tried if one.fits) == 984  # of 24 rows each
-
-
 def test_columns_of_a_comparison() -> None:
     assert planner.variants(["mesh.fsdp=8,mesh.model=2", "data.languages=en,zh"]) == [
         ["mesh.fsdp=8", "mesh.model=2"],
@@ -240,6 +219,49 @@ def test_a_missing_compiler_is_named(topology, missing, says, monkeypatch) -> No
     with pytest.raises(UserError, match=missing.split("_")[0]) as caught:
         describe(topology)
     assert says in str(caught.value)
+
+
+def test_nothing_of_a_plan_looks_for_an_accelerator() -> None:
+    """jax reads the variable once: it must be set before anything imports jax."""
+    code = (
+        "import os; os.environ.pop('JAX_PLATFORMS', None)\n"
+        "from m2jax.cli.main import main\n"
+        "assert main(['plan', '--config', 'emoji', '--topology', 'v9:1x1']) == 2\n"
+        "import jax; print(jax.config.jax_platforms)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["cpu"], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("floor", "moved", "links", "bound"),
+    [(3.0, 1.0, 2.0, "compute"), (1.0, 3.0, 2.0, "main memory"), (1.0, 2.0, 3.0, "links")],
+)
+def test_the_longest_of_three_times_bounds(floor, moved, links, bound) -> None:
+    made = plans(10**6)(config.Experiment(), None)
+    times = planner.Times(9.0, 9.0, links, floor, 0.0)
+    chip = made.topology.chip
+    made = dataclasses.replace(made, times=times, memory_bytes=moved * chip.memory_rate, flops=1e12)
+    assert made.bound == bound
+    assert planner.as_json(made)["bound"] == bound
+    assert made.intensity == pytest.approx(1e12 / (moved * chip.memory_rate))
+    assert f"{bound}" in report.table([made], ["a"])
+
+
+@pytest.mark.parametrize(("ratio", "copies", "right"), [(1.0, 1, 1), (2.0, 1, 0), (2.0, 2, 1)])
+def test_a_loop_counted_twice_is_caught(ratio, copies, right) -> None:
+    checks = planner.Checks(ratio, 1.0, 1.0)
+    if right:
+        return planner.check(checks, copies=copies)
+    with pytest.raises(hlo.HloError, match="a loop was miscounted"):
+        planner.check(checks, copies=copies)
+    return None
+
+
+@pytest.mark.parametrize("name", ["v5p:8x16", "v5e:32x32", "v5e:2x2x1", "h100:16", "h100:2x2x2"])
+def test_machines_that_do_not_exist(name) -> None:
+    with pytest.raises(UserError, match=r"use one of|GPUs come as"):
+        describe(name)
 
 
 @pytest.mark.parametrize(("fitting", "code"), [(10**6, 0), (8, 3)])

@@ -62,7 +62,7 @@ def collective(name: str, seconds: float, times: int) -> Collective:
 def test_async_overlaps_and_sync_waits(work_ms: int, gather_ms: int, total_ms: int) -> None:
     module = hlo.parse(PROGRAM.replace("CYCLES", str(int(work_ms * 1.75e6))))
     found = {"ag": collective("ag", gather_ms / 1e3, 10), "sum": collective("sum", 5e-3, 1)}
-    times = schedule.play(module, CHIP, found, counted=0.459e12)
+    times = schedule.play(module, CHIP, found, at_peak=0.459e12 / CHIP.peak_flops)
     assert times.total == pytest.approx(total_ms / 1e3)
     assert times.compute == pytest.approx(10 * work_ms / 1e3)
     assert times.communication == pytest.approx((10 * gather_ms + 5) / 1e3)
@@ -108,6 +108,32 @@ def test_a_product_fused_with_a_collective_is_computed_too(gather_ms: int, total
     assert times.compute == pytest.approx(10 * 2e-3)
     first = hot.hottest(module, loops.walk(module), CHIP, found)[0]
     assert (first.runs, first.seconds) == (10, pytest.approx(10 * 2e-3))
+
+
+def test_several_collectives_in_one_fusion_all_take_their_time() -> None:
+    text = PROGRAM.replace("CYCLES", "0").replace(
+        "  ROOT %sin = f32[64] sine(%q)\n",
+        "  %m1 = f32[512] all-gather(%q), replica_groups={}, dimensions={0}\n"
+        "  %m2 = f32[512] all-gather(%q), replica_groups={}, dimensions={0}\n"
+        "  ROOT %sin = f32[64] sine(%q)\n",
+    )
+    found = {"ag": collective("ag", 0.0, 10), "sum": collective("sum", 0.0, 1)}
+    found |= {"m1": collective("m1", 5e-3, 10), "m2": collective("m2", 7e-3, 10)}
+    assert schedule.play(hlo.parse(text), CHIP, found, 0.0).total == pytest.approx(10 * 12e-3)
+
+
+def test_an_update_between_start_and_done_hides_nothing() -> None:
+    text = PROGRAM.replace("CYCLES", "1750000").replace(
+        "  %ag = (f32[64], f32[512]) all-gather-start(%x), replica_groups={}, dimensions={0}\n",
+        "  %ag = ((f32[64]), f32[512], u32[]) async-start(%x), calls=%wrapped\n"
+        "  %au = ((f32[64]), f32[512], u32[]) async-update(%ag)\n",
+    ).replace("all-gather-done(%ag)", "async-done(%au)").replace(
+        "%sine (q", "%wrapped (w: f32[64]) -> f32[512] {\n"
+        "  %w = f32[64] parameter(0)\n"
+        "  ROOT %g = f32[512] all-gather(%w), replica_groups={}, dimensions={0}\n}\n\n%sine (q",
+    )  # fmt: skip
+    found = {"g": collective("g", 3e-3, 10), "sum": collective("sum", 0.0, 1)}
+    assert schedule.play(hlo.parse(text), CHIP, found, 0.0).total == pytest.approx(10 * 3e-3)
 
 
 def test_two_collectives_share_the_links() -> None:
