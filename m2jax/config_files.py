@@ -65,7 +65,7 @@ def _run_file(file: Path, arg: str) -> ConfigDict:
         config = module.get_config(arg) if arg else module.get_config()
     except UserError:
         raise
-    except Exception as error:  # whatever the user's code raises is theirs to mend
+    except (Exception, SystemExit) as error:  # whatever the user's code raises is theirs to mend
         reason = " ".join(str(a) for a in error.args[:1]).replace("\n", " ")
         raise UserError(
             f"{file}: {type(error).__name__}: {reason}: mend the config file, or what follows the "

@@ -31,7 +31,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 # A launcher around the test run must not look like the tests' own.
 for name in list(os.environ):
-    ours = name in ("M2JAX_GOLDEN", "M2JAX_SHARED")  # where fixtures lie
+    ours = name in ("M2JAX_GOLDEN", "M2JAX_SHARED", "M2JAX_UPDATE")  # fixtures, examples
     if name.startswith(("M2JAX_", "SLURM_", "OMPI_", "SKYPILOT_")) and not ours:
         del os.environ[name]
 

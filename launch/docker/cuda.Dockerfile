@@ -13,7 +13,7 @@ RUN pip install --no-cache-dir --require-hashes -r requirements/base.txt
 COPY pyproject.toml setup.py README.md LICENSE ./
 COPY m2jax m2jax
 COPY configs configs
-RUN pip install --no-cache-dir '.[cuda13]' && python -m m2jax --version
+RUN pip install --no-cache-dir '.[cuda13,gcs,s3,wandb]' && python -m m2jax --version
 
 WORKDIR /work
 CMD ["m2jax", "doctor"]

@@ -10,7 +10,7 @@ COPY pyproject.toml setup.py README.md LICENSE ./
 COPY m2jax m2jax
 COPY configs configs
 # libtpu must be the one that the pinned jax was made with: the extra takes care of it.
-RUN pip install --no-cache-dir '.[tpu]' && python -m m2jax --version
+RUN pip install --no-cache-dir '.[tpu,gcs,s3,wandb]' && python -m m2jax --version
 
 WORKDIR /work
 CMD ["m2jax", "doctor"]

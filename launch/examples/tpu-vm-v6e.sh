@@ -9,9 +9,16 @@ place=(--zone=us-east5-b)
 create() { # waits in the queue until the slice is there
   gcloud compute tpus queued-resources create "$name" --node-id="$name" "${place[@]}" \
     --accelerator-type=v6e-256 --runtime-version=v2-alpha-tpuv6e --spot
-  until gcloud compute tpus queued-resources describe "$name" "${place[@]}" \
-    --format='value(state.state)' | grep -qx ACTIVE; do
+  local state=
+  until [ "$state" = ACTIVE ]; do
     sleep 30
+    state=$(gcloud compute tpus queued-resources describe "$name" "${place[@]}" \
+      --format='value(state.state)')
+    case $state in FAILED | SUSPEND*)
+      echo "the request for $name is $state: gcloud compute tpus queued-resources describe $name" >&2
+      exit 1
+      ;;
+    esac
   done
 }
 

@@ -63,18 +63,18 @@ _FLAGS: dict[str, dict[str, Any]] = {
     "--zone": {},
     "--spot": {"action": "store_true", "help": "machines that may be taken away, for less"},
 }
-_COMMON = "workdir data name topology nodes env restarts grace"
+_COMMON = "workdir data name topology nodes env restarts"
 _TARGETS = {  # target -> what it is, flags of its own, which of them it needs
     "slurm": (
         "a batch script for sbatch",
-        "queue account time tasks-per-node cpus-per-task program",
+        "grace queue account time tasks-per-node cpus-per-task program",
     ),
     "jobset": (
         "Kubernetes objects: a JobSet, queued by Kueue",
-        "image storage queue namespace secret node-selector queue-objects",
+        "grace image storage queue namespace secret node-selector queue-objects",
     ),
-    "xpk": ("an xpk command (GKE)", "image storage cluster project zone"),
-    "tpu-vm": ("a gcloud script for Cloud TPU VMs", "image storage project zone spot"),
+    "xpk": ("an xpk command (GKE)", "grace image storage cluster project zone"),
+    "tpu-vm": ("a gcloud script for Cloud TPU VMs", "grace image storage project zone spot"),
     "sky": ("a SkyPilot task", "image storage secret spot"),
     "mpi": ("a script for mpirun (Open MPI)", "hostfile tasks-per-node program secret"),
 }
@@ -131,16 +131,22 @@ def describe(args: argparse.Namespace) -> Any:
     """
     from m2jax.config_files import load_config
     from m2jax.launch.job import MOUNT, Job, check
-    from m2jax.launch.machine import choose
+    from m2jax.launch.machine import as_one_host, choose
 
+    _refuse_empty(args)
     experiment = load_config(args.config, args.overrides)
     config, own, argument = _place(args)
     machine = choose(args.topology or "", args.nodes, argument)
+    if args.target in ("tpu-vm", "sky"):
+        machine = as_one_host(machine)
     tasks = getattr(args, "tasks_per_node", 1) or machine.host_chips or 1
     name = args.name or _name(args.config)
-    mounted = bool(getattr(args, "storage", None))
-    workdir = args.workdir or (f"{MOUNT}/{name}" if mounted else f"runs/{name}")
-    words = [*shlex.split(getattr(args, "program", "m2jax")), "train"]
+    storage = getattr(args, "storage", None) or ""
+    place = MOUNT if storage else "runs"
+    # A bucket is written to as one: renames on its mount copy.
+    bucket = storage.startswith(("gs://", "s3://")) and not args.workdir
+    workdir = args.workdir or f"{storage.rstrip('/') if bucket else place}/{name}"
+    words = [*_program(getattr(args, "program", "m2jax")), "train"]
     words += ["--config", config, "--workdir", workdir]
     words += [f"--config.{override}" for override in args.overrides]
     fields = {field: getattr(args, field, None) for field in Job.__dataclass_fields__}
@@ -165,6 +171,24 @@ def describe(args: argparse.Namespace) -> Any:
     return job
 
 
+def _refuse_empty(args: argparse.Namespace) -> None:
+    """An unset shell variable leaves an empty word, which no flag means."""
+    from m2jax.config import UserError
+
+    for flag, options in _FLAGS.items():
+        if getattr(args, options.get("dest", flag[2:].replace("-", "_")), None) == "":
+            raise UserError(f"{flag}: is empty: is a shell variable not set? Give a value")
+
+
+def _program(text: str) -> list[str]:
+    from m2jax.config import UserError
+
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"--program {text}: {error}: mend the quotes") from None
+
+
 def fit(experiment: Any, job: Any) -> None:
     """Refuses a config that the machine's processes would refuse when they start.
 
@@ -185,7 +209,12 @@ def fit(experiment: Any, job: Any) -> None:
             f"axis may cross between them: add --config.mesh.replica={machine.slices}"
         )
     shards, batch = replica * data * fsdp, experiment.data.batch_size
-    for count, what in ((shards, "shards of mesh.replica x data x fsdp"), (processes, "processes")):
+    parts = shards * experiment.train.accumulate
+    for count, what in (
+        (shards, "shards of mesh.replica x data x fsdp"),
+        (parts, f"{shards} shards of {experiment.train.accumulate} micro-batches"),
+        (processes, "processes"),
+    ):
         if batch % count:
             raise UserError(
                 f"data.batch_size={batch}: does not divide over {count} {what}: change one"

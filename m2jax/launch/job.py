@@ -83,10 +83,11 @@ _STORAGE: Mapping[str, tuple[str, str]] = MappingProxyType(
 )
 _URL = re.compile(r"(gs|s3)://[^/]+/.")  # work directories that need no mount
 _SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|(^|_)KEY$|API_?KEY|PRIVATE", re.IGNORECASE)
+_NAME = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"  # a Kubernetes name
 _PLAIN = {  # field -> what may stand in it: all land in places where no quoting helps
     "image": r"[\w.:/@-]+",
-    "queue": r"[\w.,-]+",
-    "account": r"[\w.-]+",
+    "queue": r"\w[\w.,-]*",
+    "account": r"\w[\w.-]*",
     "time": r"(\d+-)?\d+(:\d\d){0,2}",
     "namespace": r"[a-z0-9]([-a-z0-9]*[a-z0-9])?",
     "cluster": r"[a-z]([-a-z0-9]*[a-z0-9])?",
@@ -109,8 +110,16 @@ def check(job: Job, target: str) -> None:
         )
     if job.machine.slices > 1 and target in ("tpu-vm", "sky"):
         raise UserError(f"{job.machine}: {target} takes one slice: use jobset or xpk for several")
-    if job.grace_s < 1 or job.restarts < 0 or job.tasks_per_node < 1 or job.cpus_per_task < 0:
-        raise UserError("--grace and --tasks-per-node must be at least 1, --restarts at least 0")
+    sizes = {"grace": (job.grace_s, 1), "tasks-per-node": (job.tasks_per_node, 1)}
+    sizes |= {"restarts": (job.restarts, 0), "cpus-per-task": (job.cpus_per_task, 0)}
+    for flag, (value, least) in sizes.items():
+        if value < least:
+            raise UserError(f"--{flag} {value}: must be at least {least}")
+    _check_machine(job, target)
+    if target == "slurm":
+        _check_time(job)
+    if target == "jobset" and job.queue and not re.fullmatch(_NAME, job.queue):
+        raise UserError(f"--queue {job.queue}: no name of a Kueue queue: change it")
     if job.machine.host_chips and job.machine.host_chips % job.tasks_per_node:
         raise UserError(
             f"--tasks-per-node {job.tasks_per_node}: does not divide the {job.machine.host_chips} "
@@ -118,7 +127,7 @@ def check(job: Job, target: str) -> None:
         )
     _check_name(job, target)
     _check_text(job)
-    _check_env(job)
+    _check_env(job, target)
     _check_storage(job, target)
 
 
@@ -150,9 +159,10 @@ def _check_name(job: Job, target: str) -> None:
 def _check_text(job: Job) -> None:
     for field, pattern in _PLAIN.items():
         value = getattr(job, field)
-        if value and not re.fullmatch(pattern, value):
+        if value and not re.fullmatch(pattern, value, re.ASCII):
             flag = "--config" if field == "config_file" else f"--{field}"
-            raise UserError(f"{flag} {value}: holds characters that cannot be here: change it")
+            form = ": write MINUTES, H:MM:SS or D-HH:MM:SS" if field == "time" else ": change it"
+            raise UserError(f"{flag} {value}: holds characters that cannot be here{form}")
     for text in (job.recipe, job.workdir, job.data, job.hostfile, *job.command):
         if not text.isprintable():  # a line break would leave the comment or quotes it stands in
             raise UserError(f"{text!r}: holds control characters: take them out")
@@ -163,7 +173,52 @@ def _check_text(job: Job) -> None:
             raise UserError(f"--node-selector {key}={value}: no Kubernetes label: change it")
 
 
-def _check_env(job: Job) -> None:
+def _check_machine(job: Job, target: str) -> None:
+    """A machine that the target can name."""
+    machine = job.machine
+    if target == "sky" and machine.kind == "gpu":
+        raise UserError(f"{machine}: SkyPilot must know which GPU: write h100:... or h200:...")
+    if target in ("tpu-vm", "sky") and machine.platform == "tpu":
+        usual = machine.tpu.shapes.get(machine.hosts * machine.host_chips)
+        if machine.shape != usual:
+            raise UserError(
+                f"{machine}: {target} asks for a number of chips and would get {usual or 'another'}"
+                " shape: use that, or jobset or xpk"
+            )
+
+
+def _check_time(job: Job) -> None:
+    """Slurm sends the signal ``grace_s`` before the limit: there must be something before it."""
+    if job.grace_s > 65535:
+        raise UserError(f"--grace {job.grace_s}: Slurm takes at most 65535 seconds")
+    if job.time and re.fullmatch(_PLAIN["time"], job.time) and seconds_of(job.time) <= job.grace_s:
+        raise UserError(
+            f"--time {job.time}: the job would be told to end {job.grace_s} s before its limit, "
+            "which is when it starts: raise it, or lower --grace"
+        )
+
+
+def seconds_of(time: str) -> int:
+    """A limit as Slurm writes it (M, M:SS, H:MM:SS, D-H, D-H:MM, D-H:MM:SS), in seconds."""
+    days, dash, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if dash:
+        hours, minutes, seconds = (*parts, 0, 0)[:3]
+    elif len(parts) == 3:
+        hours, minutes, seconds = parts
+    else:
+        hours, (minutes, seconds) = 0, (*parts, 0)[:2]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def _check_env(job: Job, target: str) -> None:
+    names = [name for name, _ in job.environment] + list(job.secrets)
+    ours = ("M2JAX_COORDINATOR", "M2JAX_NUM_PROCESSES", "M2JAX_PROCESS_ID")
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"--env {name}: is set twice (PYTHONUNBUFFERED and M2JAX_DATA by us)")
+        if name in ours and target in ("jobset", "xpk"):
+            raise UserError(f"--env {name}: the job sets it for each process: leave it out")
     for name in (*(key for key, _ in job.env), *job.secrets):
         if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
             raise UserError(f"--env {name}: no name of an environment variable: change it")
@@ -173,6 +228,8 @@ def _check_env(job: Job) -> None:
                 f"--env {name}: its value would stand in the job for others to read: use --secret "
                 f"{name} where the target has it, else export it before you submit"
             )
+        if target == "xpk" and re.search(r'["\\]', value):
+            raise UserError(f"--env {name}: xpk breaks quotes and backslashes: take them out")
         if not value.isprintable():
             raise UserError(f"--env {name}: its value holds control characters: change it")
 

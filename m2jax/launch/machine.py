@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping
@@ -119,6 +120,14 @@ def choose(topology: str, nodes: int, argument: str) -> Machine:
             f"--nodes {nodes}: {where} has {machine.all_hosts} hosts: leave --nodes out, or change "
             "the other"
         )
+    return machine
+
+
+def as_one_host(machine: Machine) -> Machine:
+    """Eight chips of a flat machine, which outside of Kubernetes are one VM and not two."""
+    flat = machine.platform == "tpu" and machine.tpu.shapes is FLAT
+    if flat and machine.hosts * machine.host_chips == 8:
+        return dataclasses.replace(machine, hosts=1, host_chips=8)
     return machine
 
 

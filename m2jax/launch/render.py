@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,9 @@ def render(job: Job, target: str) -> str:
     """
     check(job, target)
     extra: dict[str, Any] = {"job": job, "mount": MOUNT}
+    if target == "sky":  # the extras of the stores it writes to
+        schemes = {"gs": "gcs", "s3": "s3"}
+        extra["stores"] = [v for k, v in schemes.items() if job.workdir.startswith(f"{k}://")]
     if job.machine.platform == "tpu":
         chips = job.machine.hosts * job.machine.host_chips
         extra["accelerator_type"] = job.machine.tpu.accelerator_type(chips)
@@ -93,10 +97,26 @@ def _templates() -> jinja2.Environment:
         "word": shlex.quote,
         "command": _command,
         "yaml": functools.partial(json.dumps, ensure_ascii=False),
+        "plain": _plain,
         "basename": lambda path: Path(path).name,
-        "read": lambda path: Path(path).read_text(encoding="utf-8"),
+        "read": _read,
     }
     return templates
+
+
+def _plain(text: str) -> str:
+    """A YAML string, in quotes only where it would be read as something else."""
+    read_otherwise = {"null", "true", "false", "yes", "no", "on", "off", "y", "n"}
+    if re.fullmatch(r"[A-Za-z_/][\w./-]*", text, re.ASCII) and text.lower() not in read_otherwise:
+        return text
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: cannot be read ({error}): mend the file") from None
 
 
 def _command(words: Sequence[str], indent: int = 4) -> str:

@@ -17,7 +17,7 @@ from m2jax.launch.job import Job
 COMMANDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "slurm": ("sbatch",),
-        "jobset": ("kubectl", "apply", "-f"),
+        "jobset": ("kubectl", "create", "-f"),
         "xpk": ("bash",),
         "tpu-vm": ("bash",),
         "sky": ("sky", "jobs", "launch", "--yes"),

@@ -2,19 +2,23 @@
 """What ``m2jax launch`` refuses, in one line that names the mend; what it passes on."""
 
 import json
+import os
 import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("jinja2", reason="needs the package jinja2")
 
 from m2jax.cli.main import main
+from m2jax.launch import job as job_lib
 from m2jax.launch import submit
 from m2jax.launch.render import TARGETS
 
+ROOT = Path(__file__).parents[2]
 JOBSET = "jobset --config pretrain_10b:v5p-128 --image r/m:1"
 OK = f"{JOBSET} --workdir gs://b/r"
 
@@ -40,8 +44,34 @@ REFUSED = [
         "no multiple of the 2 processes",
     ),
     ("slurm --config pretrain_10b:h100-8 --tasks-per-node 3", "does not divide the 8"),
-    ("slurm --config emoji --restarts -1", "--restarts at least 0"),
-    ("slurm --config emoji --grace 0", "--grace and"),
+    ("slurm --config emoji --restarts -1", "--restarts -1: must be at least 0"),
+    ("slurm --config emoji --grace 0", "--grace 0: must be at least 1"),
+    ("slurm --config emoji --cpus-per-task -1", "--cpus-per-task -1: must be at least 0"),
+    ("slurm --config emoji --time 5", "told to end 300 s before its limit"),
+    ("slurm --config emoji --time 0-0:04 --grace 240", "told to end 240 s before its limit"),
+    ("slurm --config emoji --time UNLIMITED", "write MINUTES, H:MM:SS or D-HH:MM:SS"),
+    ("slurm --config emoji --grace 70000", "Slurm takes at most 65535"),
+    ("slurm --config emoji --queue=-x", "--queue -x: holds characters"),
+    ("slurm --config emoji --queue 中文", "--queue 中文: holds characters"),
+    ('slurm --config emoji --program "it\'s"', "--program it's: No closing quotation"),
+    ("slurm --config emoji --program ''", "--program: is empty"),
+    ("slurm --config emoji --env A=1 --env A=2", "--env A: is set twice"),
+    ("slurm --config emoji --env PYTHONUNBUFFERED=0", "is set twice"),
+    (f"{OK} --env M2JAX_PROCESS_ID=0", "the job sets it for each process"),
+    (f"{OK} --queue Team_A", "no name of a Kueue queue"),
+    ("jobset --config emoji --image '' --workdir gs://b/r", "--image: is empty"),
+    ("slurm --config pretrain_1b:h100-256 --config.train.accumulate=7", "of 7 micro-batches"),
+    ("sky --config emoji --topology gpu:2x4 --workdir gs://b/r", "must know which GPU"),
+    (
+        "tpu-vm --config pretrain_10b --topology v5p:4x4x16 --image i --zone z --workdir gs://b/r "
+        "--config.mesh.data=16",
+        "would get 4x8x8 shape",
+    ),
+    (
+        "xpk --config pretrain_10b:v5p-128 --image r/m:1 --cluster c --workdir gs://b/r "
+        "--env 'A=say \"hi\"'",
+        "xpk breaks quotes",
+    ),
     ("slurm --config emoji --name Emoji_1", "must be lower-case"),
     ("slurm --config emoji --name=-x", "must be lower-case"),
     (f"{OK} --name {'a' * 47}", "leave room for 46: shorten it"),
@@ -141,7 +171,7 @@ def test_submit_says_what_is_missing(target, capsys, monkeypatch) -> None:
     ("line", "ran"),
     [
         ("slurm --config emoji", [["sbatch", "emoji"]]),
-        (OK, [["kubectl", "apply", "-f", "pretrain-10b-v5p-128"]]),
+        (OK, [["kubectl", "create", "-f", "pretrain-10b-v5p-128"]]),
         (
             f"{OK} --zone z".replace("jobset", "tpu-vm"),
             [["bash", "pretrain-10b-v5p-128", "create"], ["bash", "pretrain-10b-v5p-128", "start"]],
@@ -188,3 +218,106 @@ def test_help_lists_what_a_target_takes_and_no_more(capsys) -> None:
     with pytest.raises(SystemExit) as end:
         main(["launch", "slurm", "--config", "emoji", "--image", "i"])
     assert end.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90", 5400), ("1:30", 90), ("2:00:00", 7200), ("1-2", 93_600), ("1-2:30", 95_400),
+     ("1-00:00:05", 86_405)],
+)  # fmt: skip
+def test_limits_are_read_as_slurm_reads_them(text, seconds) -> None:
+    assert job_lib.seconds_of(text) == seconds
+
+
+def run_with_stubs(tmp_path, capsys, codes: list[int], *words: str) -> tuple[int, str, list[str]]:
+    """Runs a rendered batch script as often as it is requeued; srun ends with each code in turn."""
+    assert main(["launch", "slurm", "--config", "emoji", *words]) == 0
+    script = tmp_path / "job.sh"
+    script.write_text(capsys.readouterr().out)
+    stubs = tmp_path / "bin"
+    stubs.mkdir()
+    srun = "n=$(cat n 2>/dev/null || echo 0); echo $((n + 1)) >n\nset -- $CODES; shift $n; exit $1"
+    scontrol = 'echo "$*" >>calls\nif [ $1 = show ]; then echo " JobState=RUNNING "; fi'
+    for name, body in (("srun", srun), ("scontrol", scontrol)):
+        (stubs / name).write_text("#!/bin/bash\n" + body + "\n")
+        (stubs / name).chmod(0o755)
+    environ = os.environ | {"PATH": f"{stubs}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    environ["CODES"] = " ".join(map(str, codes))
+    text, code, done = "", 0, 0
+    while True:
+        ended = subprocess.run(
+            ["bash", str(script)], cwd=tmp_path, env=environ, capture_output=True, text=True
+        )
+        text, code, done = text + ended.stdout + ended.stderr, ended.returncode, done + 1
+        log = tmp_path / "calls"
+        calls = log.read_text().splitlines() if log.exists() else []
+        if sum(line == "requeue 7" for line in calls) < done:
+            return code, text, calls
+
+
+@pytest.mark.parametrize(
+    ("codes", "last"),
+    [
+        ([0], 0),
+        ([2], 2),
+        ([1, 1, 1], 1),  # two restarts, and no third
+        ([42, 1, 42, 137, 43], 43),  # preemptions do not count
+        ([42, 42, 42, 42, 0], 0),
+    ],
+)
+def test_a_slurm_job_comes_back_as_often_as_it_may(codes, last, tmp_path, capsys) -> None:
+    code, text, calls = run_with_stubs(tmp_path, capsys, codes, "--restarts", "2")
+    assert code == last, text
+    assert calls.count("requeue 7") == len(codes) - 1
+
+
+def test_failures_that_cannot_be_counted_are_not_tried_again(tmp_path, capsys) -> None:
+    (tmp_path / "failures-7").mkdir()  # root may write anywhere, but not into a folder's name
+    code, _, calls = run_with_stubs(tmp_path, capsys, [1, 1, 1, 1])
+    assert (code, calls) == (1, [])
+
+
+def test_flags_reach_the_batch_script(capsys) -> None:
+    words = "--account acc --cpus-per-task 3 --time 2:00:00 --queue part"
+    assert main(["launch", "slurm", "--config", "emoji", *words.split()]) == 0
+    text = capsys.readouterr().out
+    for line in ("--account=acc", "--cpus-per-task=3", "--time=2:00:00", "--partition=part"):
+        assert f"#SBATCH {line}\n" in text
+
+
+def test_flags_reach_xpk_and_gcloud(capsys) -> None:
+    common = "--config pretrain_10b:v5p-128 --image r/m:1"
+    assert main(["launch", "xpk", *f"{common} --cluster c --storage s".split()]) == 0
+    assert "--storage=s" in capsys.readouterr().out
+    words = f"{common} --zone z --project p --workdir gs://b/r".split()
+    assert main(["launch", "tpu-vm", *words]) == 0
+    assert "place=(--project=p --zone=z)" in capsys.readouterr().out
+
+
+def test_a_bucket_is_written_to_as_one(capsys) -> None:
+    assert main(["launch", *shlex.split(f"{JOBSET} --storage gs://b --name n")]) == 0
+    text = capsys.readouterr().out
+    assert "gs://b/n" in text
+    assert "bucketName: b\n" in text
+    assert 'gke-gcsfuse/volumes: "true"' in text
+
+
+def test_eight_flat_chips_are_one_vm(capsys) -> None:
+    words = "--config emoji --topology v6e:2x4 --image i --zone z --workdir gs://b/r"
+    assert main(["launch", "tpu-vm", *words.split()]) == 0
+    assert "v6e:2x4: 1 hosts" in capsys.readouterr().out
+
+
+def test_stores_bring_their_packages(capsys) -> None:
+    words = "--config pretrain_1b:h100-8 --workdir s3://b/r"
+    assert main(["launch", "sky", *words.split()]) == 0
+    assert "'.[cuda13,s3]'" in capsys.readouterr().out
+    for file in ("tpu", "cuda"):
+        text = (ROOT / "launch" / "docker" / f"{file}.Dockerfile").read_text()
+        assert "gcs,s3,wandb]'" in text
+
+
+def test_a_config_that_exits_is_one_line(tmp_path, capsys) -> None:
+    (tmp_path / "c.py").write_text("import sys\nsys.exit(5)\n")
+    assert main(["launch", "slurm", "--config", str(tmp_path / "c.py")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

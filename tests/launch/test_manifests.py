@@ -32,6 +32,9 @@ PLACES = (
     "--storage gs://b",
     "--storage claim:c --data /m2jax/data",
     "--storage nfs:h:/s --env A='x: \"y\" #z' --secret TOKEN_A --secret TOKEN_B",
+    # Words that YAML would read as something else.
+    "--storage claim:123 --name null --namespace 123 --env NO=1 --secret NULL --queue true",
+    "--storage nfs:10.0:/ --name yes --node-selector true=x --node-selector 1.5=y",
 )
 
 

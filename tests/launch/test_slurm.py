@@ -112,7 +112,7 @@ def test_preempted_and_killed_it_finishes_with_the_trace_of_an_undisturbed_run(
     assert "preempted after a save" in run.log
     stopped = run.rows[-1]["step"]
     assert 4 <= stopped < STEPS
-    assert not list((tmp_path / "run").glob("failures-*"))  # it does not count as a failure
+    assert not list(tmp_path.glob("failures-*"))  # it does not count as a failure
 
     cluster.go(run.job)
     run.wait_for(stopped + 2)
