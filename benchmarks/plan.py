@@ -9,10 +9,14 @@ end. A 10B plan takes one to two minutes of two cores and 4 GB; GPU machines nee
 """
 
 import argparse
+import dataclasses
+import hashlib
 import json
 import subprocess
 import sys
 from pathlib import Path
+
+from m2jax import load_config
 
 SIZES = ("0p4b", "1b", "10b")
 TOPOLOGIES = {
@@ -25,7 +29,7 @@ TOPOLOGIES = {
     "h200-256": "h200:32x8",
 }
 COLUMNS = (
-    "config", "mesh", "rows/chip", "fits", "state + temporaries = total GiB of limit", "sent GiB",
+    "config", "mesh", "rows/chip", "fits", "state + temporaries (+ batch) = total GiB of limit", "sent GiB",
     "compute s", "not hidden s", "step s", "MFU", "MFU compute only", "compile s",
 )  # fmt: skip
 GIB = 2**30
@@ -34,7 +38,7 @@ GIB = 2**30
 def make(name: str, folder: Path) -> None:
     """Plans one ``SIZE:MACHINE`` unless its JSON is there."""
     size, machine = name.split(":")
-    file = folder / f"{size}-{machine}.json"
+    file = place(name, folder)
     if file.exists():
         return
     words = ["--config", f"configs/pretrain_{size}.py:{machine}", "--json", str(file)]
@@ -42,6 +46,14 @@ def make(name: str, folder: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode not in (0, 3):
         print(f"{name}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+
+
+def place(name: str, folder: Path) -> Path:
+    """Where a plan lies, by its name and config: a changed config is planned anew."""
+    size, machine = name.split(":")
+    settings = dataclasses.asdict(load_config(f"configs/pretrain_{size}.py:{machine}"))
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    return folder / f"{size}-{machine}-{digest}.json"
 
 
 def row(name: str, plan: dict) -> str:
@@ -74,7 +86,7 @@ def main() -> None:
         make(name, args.folder)
     print("| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS))
     for name in every:
-        file = args.folder / f"{name.replace(':', '-')}.json"
+        file = place(name, args.folder)
         if file.exists():
             print(row(name, json.loads(file.read_text(encoding="utf-8"))))
 
