@@ -29,8 +29,8 @@ TOPOLOGIES = {
     "h200-256": "h200:32x8",
 }
 COLUMNS = (
-    "config", "mesh", "rows/chip", "fits", "state + temporaries (+ batch) = total GiB of limit", "sent GiB",
-    "compute s", "not hidden s", "step s", "MFU", "MFU compute only", "compile s",
+    "config", "mesh", "rows/chip", "fits", "state + temporaries (+ batch) = total GiB of limit",
+    "sent GiB", "compute s", "not hidden s", "step s", "MFU", "MFU compute only", "compile s",
 )  # fmt: skip
 GIB = 2**30
 
