@@ -12,7 +12,8 @@ from m2jax import config
 from m2jax.config import UserError
 from m2jax.config_files import load_config
 from m2jax.dist.mesh import make_mesh
-from m2jax.plan import flops, hlo
+from m2jax.dist.topology import CHIPS
+from m2jax.plan import flops, hlo, loops
 from m2jax.plan.compile import model_flops
 from m2jax.train.flops import TraceError
 from m2jax.train.image_text import ImageTextTask
@@ -124,6 +125,21 @@ def test_products_of_a_library(target: str) -> None:
     assert counted == 2 * 64 * 12 * 52 * 52 * 32
     plain = "bf16[64,12,52,64]{3,2,1,0} dot(%a, %b), lhs_contracting_dims={1,3}"
     assert one_line(plain) == 2 * (64 * 12 * 52 * 64) * 52 * 32
+
+
+@pytest.mark.parametrize(("dtype", "kind", "faster"), [
+    ("bf16", "v5e", 1), ("s8", "v5e", 2), ("f8e4m3fn", "v5e", 2), ("s8", "v4", 1),
+])  # fmt: skip
+def test_products_of_8_bits_have_a_peak_of_their_own(dtype: str, kind: str, faster: int) -> None:
+    text = (
+        "ENTRY %main (a: TYPE[8,16], b: TYPE[16,32]) -> f32[8,32] {\n"
+        "  %a = TYPE[8,16] parameter(0)\n  %b = TYPE[16,32] parameter(1)\n"
+        "  ROOT %c = f32[8,32] dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}\n}\n"
+    )
+    module = hlo.parse(text.replace("TYPE", dtype))
+    work, seconds = flops.of_program(module, loops.walk(module), CHIPS[kind])
+    assert work == 2 * 8 * 16 * 32
+    assert seconds * CHIPS[kind].peak_flops * faster == pytest.approx(work)
 
 
 def experiment(**model: object) -> config.Experiment:
