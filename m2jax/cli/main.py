@@ -9,12 +9,12 @@ import traceback
 from collections.abc import Sequence
 
 from m2jax import __version__
-from m2jax.cli import convert, data, doctor, embed, evaluate, inspect, launch, plan, train
+from m2jax.cli import compare, convert, data, doctor, embed, evaluate, inspect, launch, plan, train
 from m2jax.cli.terminal import printable
 from m2jax.dist.host import restart_with_huge_pages
 
 # Each has add_parser(subparsers) and run(args) -> exit code. None imports jax before it runs.
-VERBS = (doctor, data, train, evaluate, embed, convert, inspect, plan, launch)
+VERBS = (doctor, data, train, evaluate, compare, embed, convert, inspect, plan, launch)
 
 EXIT_CODES = (
     "exit codes: 0 done, 1 the program failed, 2 wrong usage or bad input, "
