@@ -104,7 +104,7 @@ def register() -> None:
         UserError: it is not installed.
     """
     try:
-        from clip_benchmark import models  # pyright: ignore[reportMissingImports]
+        import clip_benchmark.models as models  # pyright: ignore[reportMissingImports]
         from clip_benchmark.metrics import (  # pyright: ignore[reportMissingImports]
             zeroshot_classification,
         )
@@ -129,7 +129,7 @@ def main() -> int:
     except UserError as error:
         print(f"m2jax: error: {error}", file=sys.stderr)
         return 2
-    from clip_benchmark import cli  # pyright: ignore[reportMissingImports]
+    import clip_benchmark.cli as cli  # pyright: ignore[reportMissingImports]
 
     return cli.main() or 0
 
