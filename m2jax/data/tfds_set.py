@@ -53,6 +53,6 @@ def open_split(name: str, split: str, directory: Path | None = None) -> TfdsSpli
             f"{where}: split {split!r} cannot be read ({type(error).__name__}: "
             f"{' '.join(reason[:1])[:200]}): prepare it: tfds build --file_format=array_record"
         ) from error
-    if not isinstance(features, Mapping):
+    if not isinstance(features, tfds.features.FeaturesDict):
         raise UserError(f"{where}: records have no fields: use an image data set")
-    return TfdsSplit(rows, features)  # pyright: ignore[reportArgumentType]
+    return TfdsSplit(rows, dict(features.items()))

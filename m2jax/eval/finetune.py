@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Full fine-tuning of a classifier: the image encoder and a linear head, all of it trained.
 
-A short loop of its own on one device: the trainer below it pretrains, and knows no labels. The head
+A short loop of its own on one device: the trainer pretrains, and lies above evaluation. The head
 starts at zero on unit features, so the first step moves the head alone.
 """
 
@@ -92,7 +92,7 @@ def train(
         "encoder": model.params,
         "head": {"kernel": jnp.zeros((dim, classes)), "bias": jnp.zeros(classes)},
     }
-    transform = optim.make_optimizer(rules, steps).transform
+    transform = optim.make_optimizer(rules, steps, frozen=_unread).transform
     step = _step(model.graph, transform, recipe.smoothing)
     state, losses = jax.jit(transform.init)(params), []
     params = jax.tree.map(jnp.copy, params)  # the step gives its input away; the bundle stays whole
@@ -137,6 +137,13 @@ def ranks(
         right = labels[first : first + count, None] == np.arange(logits.shape[1])
         found.append(metrics_lib.first_right(logits[:count], right))
     return np.concatenate(found)
+
+
+def _unread(name: str) -> bool:
+    """Parameters that no image feature depends on: the text tower and what only training reads."""
+    name = name.removeprefix("encoder.")
+    parts = ("text", "norm.", "pooler.", "logit", "image_head.", "vision_embed.mask_token")
+    return name.startswith(parts) or ".B." in name
 
 
 def _pixels(model: Bundle, images: Images, row: int) -> np.ndarray:

@@ -2,7 +2,6 @@
 """What the page of ``m2jax explore`` shows, and the page itself in a headless Chromium."""
 
 import gc
-import os
 import shutil
 import socket
 import struct
@@ -227,7 +226,7 @@ def test_the_page_in_a_browser(page, tmp_path):
     page.wait_for_function("document.querySelector('#labels0').innerText.includes('100%')")
     assert page.inner_text("#labels0").split().count("蓝") >= 1
     assert not [url for url in page.elsewhere if not url.startswith(("data:", "blob:"))]
-    page.screenshot(path=os.environ.get("M2JAX_SCREENSHOT", str(tmp_path / "page.png")))
+    page.screenshot(path=str(tmp_path / "page.png"), full_page=True)
 
 
 @pytest.mark.slow

@@ -30,11 +30,11 @@ def read(place: Place) -> DataSet:
     rows, features = tfds_set.open_split(name, place.split, folder)
     if "image" not in features:
         raise UserError(f"tfds:{place.path}: records have no field 'image': use another data set")
-    images = Made(len(rows), lambda row: _picture(rows[row]["image"], f"{place.path}: {row}"))
+    images = Made(len(rows), lambda row: _picture(_row(place, rows, row)["image"], place, row))
     # TFDS decodes whole records: this pass over labels or captions decodes every picture once.
     for field in CAPTIONS:
         if field in features:
-            captions = [_texts(rows[i][field]) for i in range(len(rows))]
+            captions = [_texts(_row(place, rows, i)[field]) for i in range(len(rows))]
             language = place.language or records.language_of([t for c in captions for t in c])
             return Captioned(images, {language: captions})
     for field in LABELS:
@@ -44,7 +44,7 @@ def read(place: Place) -> DataSet:
 
 
 def _labelled(place: Place, images: Made, rows: Any, field: str, feature: Any) -> Labelled:
-    values = [np.ravel(rows[i][field]) for i in range(len(rows))]
+    values = [np.ravel(_row(place, rows, i)[field]) for i in range(len(rows))]
     inner = getattr(feature, "feature", feature)  # of a Sequence
     names = list(getattr(inner, "names", None) or ())
     if not names and place.names is None:
@@ -60,9 +60,22 @@ def _labelled(place: Place, images: Made, rows: Any, field: str, feature: Any) -
     return Labelled(images, labels, classes, prompts.TEMPLATES, multi)
 
 
-def _picture(pixels: np.ndarray, where: str) -> Image.Image:
+def _row(place: Place, rows: Any, row: int) -> Mapping[str, Any]:
+    """One record; its pictures are decoded by TFDS."""
+    try:
+        return rows[row]
+    except Exception as error:  # the decoders' errors have no common base
+        raise UserError(
+            f"tfds:{place.path}: record {row} cannot be read ({error}): prepare it again"
+        ) from error
+
+
+def _picture(pixels: np.ndarray, place: Place, row: int) -> Image.Image:
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[-1] not in (1, 3, 4):
-        raise UserError(f"{where}: {pixels.dtype} {pixels.shape} is no picture: use another set")
+        raise UserError(
+            f"tfds:{place.path}: record {row}: {pixels.dtype} {pixels.shape} is no picture: use "
+            "another data set"
+        )
     return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
 
