@@ -103,7 +103,8 @@ def retrieval_protocol(model: Encoder, data: Captioned, request: Request) -> Met
                 own = retrieval.standard([["-"]] * len(captions))
                 scored = retrieval.score(images, unique[kept], own)
                 found |= _under(f"{stem}/one_caption", scored)
-        found[f"{stem}/captions_per_image"] = figures.exactly(len(texts) / len(captions))
+        key = f"data/{request.name}/{language}/captions_per_image"
+        found[key] = figures.exactly(len(texts) / len(captions))
     return found
 
 

@@ -105,6 +105,8 @@ def _cell(metrics: Mapping[str, float], key: str) -> str:
     """A share with its interval, in per cent; nothing where it was not measured."""
     if key not in metrics:
         return ""
+    if key.startswith("data/"):  # about the data set, no share
+        return f"{metrics[key]:.2f}"
     low, high = metrics.get(f"{key}_low"), metrics.get(f"{key}_high")
     span = "" if low is None or high is None else f" ({100 * low:.1f} - {100 * high:.1f})"
     return f"{100 * metrics[key]:.1f}{span}"

@@ -82,7 +82,7 @@ def test_retrieval_in_every_protocol(tmp_path):
     for protocol in ("standard", "m2_release", "one_caption"):
         assert found[f"retrieval/colours/en/{protocol}/i2t_r1"].share.value == 1
         assert found[f"retrieval/colours/en/{protocol}/mean_recall"].share.value == 1
-    assert found["retrieval/colours/en/captions_per_image"].share.value == 2
+    assert found["data/colours/en/captions_per_image"].share.value == 2
     assert "retrieval/colours/zh/standard/i2t_r1" not in found
     again = suites.score(ColourModel(), "retrieval", request(file))
     assert again.questions == scored.questions
