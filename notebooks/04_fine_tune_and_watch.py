@@ -74,7 +74,8 @@ settings = [
     f"data.files=('{folder}/pairs.tsv',)",
     *("data.batch_size=32", "data.views=1", "mesh.cpu_devices=0", "eval.suite="),
     *("optim.name=adamw", "optim.learning_rate=2e-3", "optim.weight_decay=0.1"),
-    *("optim.warmup_steps=4", "train.steps=40", "train.log_every=4", "data.augment.mix=0."),
+    *("optim.warmup_steps=4", "train.steps=40", "train.log_every=4"),
+    *(f"data.augment.{name}=0." for name in vars(m2jax.Experiment().data.augment)),
 ]
 mine = folder / "mine"
 code = run(m2jax.load_config("emoji", settings), mine)

@@ -37,7 +37,6 @@ import m2jax
 # ## Parameters and their places
 #
 # Nothing is allocated. On the shell: `m2jax inspect --config pretrain_10b:v5p-128 --devices 128`
-
 # %%
 from m2jax.cli.inspect import layout
 
