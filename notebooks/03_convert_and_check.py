@@ -38,7 +38,7 @@ if not (workdir / "checkpoints").is_dir():
     workdir = Path("../runs/notebook")
     small = ["model.width=64", "model.heads=4", "model.backbone_layers=1", "model.vl_layers=1"]
     plain = [f"data.augment.{name}=0." for name in vars(m2jax.Experiment().data.augment)]
-    short = ["train.steps=150", "train.log_every=50", "optim.warmup_steps=10", "eval.suite="]
+    short = ["train.steps=100", "train.log_every=25", "optim.warmup_steps=10", "eval.suite="]
     batch = ["data.batch_size=64", "data.views=1", "mesh.cpu_devices=0"]
     run(m2jax.load_config("emoji", [*small, *plain, *short, *batch]), workdir)
 bundle = m2jax.load(workdir)

@@ -56,6 +56,10 @@ def test_the_mean_recall_interval_covers_what_a_binomial_would():
     np.testing.assert_allclose(both.value, (share.value + 1) / 2)
     assert (both.high - both.low) < 0.6 * (share.high - share.low)  # half the spread in one way
     assert metrics.mean_recall([np.zeros(3, int)], [1]) == (1, 1, 1)
+    # Directions are drawn each on its own, were they alike to the last query.
+    twice = metrics.mean_recall([ranks, ranks], [1])
+    spread = (twice.high - twice.low) / (share.high - share.low)
+    assert spread == pytest.approx(0.5**0.5, abs=0.07)
 
 
 def picture(colour):

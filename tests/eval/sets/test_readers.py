@@ -3,6 +3,7 @@
 
 import io
 import json
+import os
 import tarfile
 
 import numpy as np
@@ -181,11 +182,16 @@ def test_bad_samples_are_named(tmp_path, members, message):
 
 
 def test_a_pickled_label_is_not_loaded(tmp_path):
+    class Hostile:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
     out = io.BytesIO()
-    np.save(out, np.array([{}], object), allow_pickle=True)
+    np.save(out, np.array([Hostile()], object), allow_pickle=True)
     file = tar(tmp_path / "p.tar", {"a.png": b"x", "a.npy": out.getvalue()})
     with pytest.raises(UserError, match="no label"):
         sets.read(Place(file, names={"en": [("a",)]}))
+    assert not (tmp_path / "executed").exists()
 
 
 def test_cut_and_wrong_tars_are_refused(tmp_path):
