@@ -9,6 +9,7 @@ folder only thumbnails are served.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from m2jax.data.image import open_image
 from m2jax.eval import explore
 from m2jax.eval.explore import Gallery
 
+MISSING = 'explore: needs Gradio: pip install "m2jax[explore]"'
 UPLOAD = 20 * 2**20  # bytes of a dropped picture
 SHOWN = 12  # pictures at first
 
@@ -41,8 +43,8 @@ def served(gallery: Gallery, *, host: str = "127.0.0.1", port: int = 0) -> Itera
     Raises:
         UserError: Gradio is not installed, or the port is taken.
     """
-    gradio = _gradio()
     with tempfile.TemporaryDirectory(prefix="m2jax-explore-") as cache, _set(cache):
+        gradio = _gradio()  # only now: it makes a folder as it is imported
         page = _page(gradio, gallery, cache)
         try:
             _, address, _ = page.launch(
@@ -72,7 +74,8 @@ def check() -> None:
     Raises:
         UserError: it is not installed.
     """
-    _gradio()
+    if importlib.util.find_spec("gradio") is None:
+        raise UserError(MISSING)
 
 
 def _gradio() -> Any:
@@ -80,7 +83,7 @@ def _gradio() -> Any:
     try:
         import gradio
     except ImportError:
-        raise UserError('explore: needs Gradio: pip install "m2jax[explore]"') from None
+        raise UserError(MISSING) from None
     return gradio
 
 

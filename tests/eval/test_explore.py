@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the page of ``m2jax explore`` shows, and the page itself in a headless Chromium."""
 
-import gc
 import shutil
 import socket
 import struct
-import sys
 import threading
 import urllib.error
 import urllib.request
@@ -13,7 +11,6 @@ import zlib
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -21,38 +18,12 @@ from m2jax.cli import explore as verb
 from m2jax.cli.main import main
 from m2jax.config import UserError
 from m2jax.eval import explore, explore_page
-from tests.eval.pictures import COLOURS, ColourModel, save
+from tests.eval.explore_server import Contrary, Model, serving
+from tests.eval.pictures import COLOURS, save
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
-
-
-# Gradio leaves event loops and sockets to the collector, and deprecated calls in its libraries.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-]
-
-
-@pytest.fixture(autouse=True)
-def collected():
-    """What it leaves goes within the test that made it."""
-    yield
-    gc.collect()
-
-
-class Model(ColourModel):
-    def logits(self, images, texts):
-        return 100 * np.asarray(images) @ np.asarray(texts).T
-
-
-class Contrary(Model):
-    """Finds the opposite of what is asked for."""
-
-    def encode_text(self, ids, mask):
-        return -super().encode_text(ids, mask)
 
 
 @pytest.fixture
@@ -152,24 +123,9 @@ def test_the_verb_needs_gradio_and_two_models_at_most(folder, monkeypatch, capsy
     words = ["explore", "--images", str(folder), "--model", "a"]
     assert main([*words, "--model", "b", "--model", "c"]) == 2
     assert main([*words, "--port", "99999"]) == 2
-    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.setattr(explore_page.importlib.util, "find_spec", lambda name: None)
     assert main(words) == 2
     assert 'pip install "m2jax[explore]"' in capsys.readouterr().err
-
-
-def test_the_verb_serves_until_interrupted(folder, monkeypatch):
-    from m2jax import bundle
-
-    said = []
-    monkeypatch.setattr(bundle, "load", lambda path: Model())
-    monkeypatch.setattr(verb, "wait", lambda end: None)
-    monkeypatch.setattr(verb, "print", lambda text, **_: said.append(text), raising=False)
-    assert main(["explore", "--images", str(folder), "--model", "a", "--model", "b"]) == 0
-    [shown] = said
-    address = urlsplit(shown.split()[0])
-    assert address.hostname == "127.0.0.1"
-    with pytest.raises(OSError, match="refused"):  # and no longer
-        socket.create_connection(("127.0.0.1", address.port or 0), timeout=1)
 
 
 def test_interrupting_ends_the_waiting(monkeypatch):
@@ -190,18 +146,26 @@ def browser():
 
 
 @pytest.fixture
-def page(browser, gallery):
+def server(folder, tmp_path):
+    """The address of the page over both models, and the folder that its cache lies in."""
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    with serving(folder, cache) as (line, process):
+        assert line.endswith("(Ctrl-C ends it)\n")
+        yield line.split()[0], cache
+    assert process.returncode == 0  # interrupted, as it is meant to be left
+
+
+@pytest.fixture
+def page(browser, server):
     """The page in a browser that notes what it asks of others than our server."""
-    with explore_page.served(gallery) as address:
-        opened = browser.new_page(viewport={"width": 1300, "height": 1000})
-        opened.address, opened.elsewhere = address, []
-        opened.on(
-            "request",
-            lambda r: r.url.startswith(address) or opened.elsewhere.append(r.url[:80]),
-        )
-        opened.goto(address)
-        yield opened
-        opened.close()
+    address, _ = server
+    opened = browser.new_page(viewport={"width": 1300, "height": 1000})
+    opened.elsewhere = []
+    opened.on("request", lambda r: r.url.startswith(address) or opened.elsewhere.append(r.url[:80]))
+    opened.goto(address)
+    yield opened
+    opened.close()
 
 
 def captions(page, side):
@@ -242,36 +206,41 @@ def test_hostile_uploads_are_refused_on_the_page(page, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_server_takes_no_large_upload(gallery):
+def test_the_server_takes_no_large_upload(server):
     """Whoever sends it: the page asks first, but the server decides."""
+    head = b'--b\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
     for size, code in ((explore_page.UPLOAD + 1, 413), (1000, 200)):
-        head = b'--b\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
-        with explore_page.served(gallery) as address:
-            asked = urllib.request.Request(
-                f"{address}gradio_api/upload",
-                head + b"x" * size + b"\r\n--b--\r\n",
-                {"Content-Type": "multipart/form-data; boundary=b"},
-            )
-            try:
-                answer = urllib.request.urlopen(asked, timeout=20)
-            except urllib.error.HTTPError as error:
-                answer = error
-            with answer:
-                assert answer.status == code
+        asked = urllib.request.Request(
+            f"{server[0]}gradio_api/upload",
+            head + b"x" * size + b"\r\n--b--\r\n",
+            {"Content-Type": "multipart/form-data; boundary=b"},
+        )
+        try:
+            answer = urllib.request.urlopen(asked, timeout=20)
+        except urllib.error.HTTPError as error:
+            answer = error
+        with answer:
+            assert answer.status == code
 
 
 @pytest.mark.slow
-def test_the_server_hands_out_no_file_of_the_machine(gallery, folder, tmp_path, monkeypatch):
-    """Neither the folder's own files nor others; and its cache is gone when it ends."""
-    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
-    (tmp_path / "tmp").mkdir()
-    monkeypatch.setattr(explore_page.tempfile, "tempdir", None)
-    before = sorted(tmp_path.rglob("*"))
-    with explore_page.served(gallery) as address:
+def test_the_server_hands_out_no_file_of_the_machine(folder, tmp_path):
+    """Neither the folder's own files nor others; it listens here alone; nothing stays behind."""
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    before = sorted(folder.rglob("*"))
+    with serving(folder, cache) as (line, process):
+        address = urlsplit(line.split()[0])
+        assert address.hostname == "127.0.0.1"
         for path in (folder / "red" / "0.png", Path("/etc/passwd")):
             for form in (f"gradio_api/file={path}", f"file={path}", f"static/../..{path}"):
                 with pytest.raises(urllib.error.HTTPError) as error:
-                    urllib.request.urlopen(f"{address}{form}", timeout=10)
+                    urllib.request.urlopen(f"{address.geturl()}{form}", timeout=10)
                 error.value.close()
                 assert error.value.code in (403, 404)
-    assert sorted(tmp_path.rglob("*")) == before
+        assert list(cache.iterdir())
+    assert process.returncode == 0
+    assert not list(cache.iterdir())
+    assert sorted(folder.rglob("*")) == before
+    with pytest.raises(OSError, match="refused"):
+        socket.create_connection(("127.0.0.1", address.port or 0), timeout=1)
