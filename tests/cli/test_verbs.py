@@ -23,7 +23,7 @@ from m2jax.cli import inspect as inspect_verb
 from m2jax.cli.main import main
 from m2jax.config import UserError
 from m2jax.config_files import load_config
-from m2jax.eval import compare
+from m2jax.eval import compare, suites
 
 Install = Callable[..., None]
 
@@ -143,6 +143,7 @@ def test_eval_hands_a_data_set_over_with_its_names(
     names, out = tmp_path / "names.txt", tmp_path / "a.json"
     names.write_text("猫\n狗\n", encoding="utf-8")
     compare.examples_file(out).write_bytes(b"of another evaluation")
+    assert "zero-shot" in suites.SUITES  # the real ones, read before the stand-ins are put
     words = ["eval", "--model", "m", "--suite", "zero-shot", "--data", "folder:some/pets"]
     assert main([*words, "--classes", str(names), "--split", "val", "--json", str(out)]) == 0
     [request] = calls
