@@ -88,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
         if path:
             files.check_parent(path, flag)
     request = _request(args, languages)
+    runner.check(args.suite, languages, request)
     load_devices()
     held_out = tuple(part for part in args.hold_out_styles.split(",") if part)
     if not held_out and (saved := bundle.read_saved(args.model)) and saved.experiment:

@@ -157,6 +157,21 @@ def opened(path: str | os.PathLike[str]) -> tuple[Bundle, Captioner | None]:
     return writer.bundle, writer
 
 
+def check(suite: str, languages: Sequence[str], request: Request | None) -> None:
+    """Refuses what cannot be scored, before a model is loaded for it.
+
+    Raises:
+        UserError: an unknown suite or language, or no data set where the suite needs one.
+    """
+    if suite not in names():
+        raise UserError(f"--suite {suite}: no such suite: use one of {', '.join(names())}")
+    unknown = set(languages) - {"en", "zh"}
+    if unknown:
+        raise UserError(f"--languages {sorted(unknown)[0]}: the suite has en and zh")
+    if suite in suites.SUITES and request is None:
+        raise UserError(f"--suite {suite}: scores a data set: name it with --data [READER:]PATH")
+
+
 def run_suite(
     model: Encoder,
     *,
@@ -183,16 +198,11 @@ def run_suite(
     Raises:
         UserError: an unknown suite or language, or data that cannot be had.
     """
-    if suite not in names():
-        raise UserError(f"--suite {suite}: no such suite: use one of {', '.join(names())}")
-    unknown = set(languages) - {"en", "zh"}
-    if unknown:
-        raise UserError(f"--languages {sorted(unknown)[0]}: the suite has en and zh")
+    check(suite, languages, request)
     if suite in SUITES:
         setting = Setting(data_dir, languages, batch_size, hold_out_styles, writer)
         return SUITES[suite](model, setting)
-    if request is None:
-        raise UserError(f"--suite {suite}: scores a data set: name it with --data [READER:]PATH")
+    assert request is not None  # check saw to it
     found, questions = suites.score(model, suite, request)
     return Evaluation(figures.flat(found), [], figures.examples(found), questions)
 

@@ -116,7 +116,8 @@ def test_eval_scores_and_writes(bundle: FakeBundle, install: Install, tmp_path: 
         examples = {"a": np.ones((3, 1, 2), np.float32)}
         return SimpleNamespace(metrics={"x/b": 0.5, "x/a": 1.0}, examples=examples, questions="q")
 
-    install("m2jax.eval.runner", run_suite=run_suite, opened=lambda path: (bundle, "writer"))
+    opened = lambda path: (bundle, "writer")  # noqa: E731
+    install("m2jax.eval.runner", run_suite=run_suite, opened=opened, check=lambda *asked: None)
     out = tmp_path / "scores.json"
     words = ["eval", "--model", "m", "--suite", "s", "--data", "d", "--languages", "zh"]
     markdown = tmp_path / "scores.md"
@@ -139,7 +140,8 @@ def test_eval_hands_a_data_set_over_with_its_names(
         calls.append(options["request"])
         return SimpleNamespace(metrics={"x/a": 1.0}, examples={}, questions="")
 
-    install("m2jax.eval.runner", run_suite=run_suite, opened=lambda path: (bundle, "writer"))
+    opened = lambda path: (bundle, "writer")  # noqa: E731
+    install("m2jax.eval.runner", run_suite=run_suite, opened=opened, check=lambda *asked: None)
     names, out = tmp_path / "names.txt", tmp_path / "a.json"
     names.write_text("猫\n狗\n", encoding="utf-8")
     compare.examples_file(out).write_bytes(b"of another evaluation")
