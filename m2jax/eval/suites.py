@@ -92,9 +92,11 @@ def retrieval_protocol(model: Encoder, data: Captioned, request: Request) -> Met
         captions = data.captions[language]
         stem = f"retrieval/{request.name}/{language}"
         texts = [text for each in captions for text in each]
+        unique, rows = features.unique_text_features(model, texts, batch=request.batch)
         for protocol in ("standard", "m2_release"):
             said = [retrieval.release_text(t) for t in texts] if protocol == "m2_release" else texts
-            unique, rows = features.unique_text_features(model, said, batch=request.batch)
+            if said != texts:
+                unique, rows = features.unique_text_features(model, said, batch=request.batch)
             answers = getattr(retrieval, protocol)(captions)
             scored = retrieval.score(images, unique[rows], answers)
             found |= _under(f"{stem}/{protocol}", scored)
