@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,9 @@ def _request(args: argparse.Namespace, languages: tuple[str, ...]) -> Any:
         names=names.read_classes(args.classes) if args.classes else None,
     )
     return suites.Request(
-        args.name or data.stem.rpartition(":")[2] or args.suite,
+        args.name
+        or re.sub(r"[^\w.-]+", "-", data.stem.rpartition(":")[2]).strip("-")
+        or args.suite,
         place,
         train_split=args.train_split,
         languages=languages,

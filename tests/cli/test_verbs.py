@@ -155,6 +155,8 @@ def test_eval_hands_a_data_set_over_with_its_names(
     assert request.place.names == {"zh": [("猫",), ("狗",)]}
     assert request.place.split == "val"
     assert not compare.examples_file(out).exists()  # what lay there was not of this evaluation
+    assert main([*words[:-1], "shards:a/*.tar", "--json", str(out)]) == 0
+    assert calls[-1].name == "zero-shot"  # a pattern is no name
     assert main([*words, "--classes", str(tmp_path / "none.txt")]) == 2
     assert main([*words, "--batch-size", "0"]) == 2
 
