@@ -9,6 +9,7 @@ p-values are corrected by Holm's method (1979), which holds however they depend 
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import zipfile
@@ -23,6 +24,7 @@ from m2jax.eval import figures
 from m2jax.eval import metrics as metrics_lib
 
 RESAMPLES = 10_000  # the smallest p-value is 2 in as many
+PER_FIGURE = 100  # and as many more as figures, else none of very many could be told from chance
 LEVEL = 0.05  # of all figures together
 FILE_BYTES = 2**30
 QUESTIONS = "questions"  # beside the figures' examples: what they answer
@@ -96,57 +98,83 @@ def _read_examples(path: Path) -> tuple[dict[str, np.ndarray], str]:
         raise UserError(f"{path}: damaged ({error}): remove it, or evaluate again") from error
 
 
-def compare(a: Saved, b: Saved, *, resamples: int = RESAMPLES) -> list[Difference]:
+def compare(a: Saved, b: Saved, *, resamples: int = 0) -> list[Difference]:
     """Differences of every figure that both have and that chance has a part in.
+
+    Args:
+        a: an evaluation.
+        b: another, on the same suite.
+        resamples: of each figure; 0: enough for the number of figures.
 
     Raises:
         UserError: they have no figure in common.
     """
-    found, raw = [], []
     alike = a.questions == b.questions  # of other data the examples are no pairs
-    for key in a.metrics:
-        if key.startswith("baseline/") or key not in b.metrics:
-            continue
-        if key.endswith(("_low", "_high")) or f"{key}_low" not in a.metrics:
-            continue
-        first, second = a.examples.get(key), b.examples.get(key)
-        values = a.metrics[key], b.metrics[key]
-        paired = alike and first is not None and second is not None and first.shape == second.shape
-        if paired and first is not None and second is not None:
-            low, high, p = _paired(first, second, resamples)
-        else:
-            low, high, p = _unpaired(a.metrics, b.metrics, key)
-        found.append(Difference(key, *values, low, high, p, paired))
-        raw.append(p)
-    if not found:
+    common = a.metrics.keys() & b.metrics.keys()
+    keys = [k for k in a.metrics if not k.startswith("baseline/") and {k, f"{k}_low"} <= common]
+    if not keys:
         raise UserError("compare: the files have no figure in common: evaluate the same suite")
-    return [d._replace(p=p) for d, p in zip(found, holm(raw), strict=True)]
+    pairs = {
+        key: (a.examples[key], b.examples[key])
+        for key in keys
+        if alike and key in a.examples and key in b.examples
+        if a.examples[key].shape == b.examples[key].shape
+    }
+    told = _paired(pairs, resamples or max(RESAMPLES, PER_FIGURE * len(keys)))
+    told |= {key: _unpaired(a.metrics, b.metrics, key) for key in keys if key not in pairs}
+    corrected = holm([told[key].p for key in keys])
+    return [
+        Difference(key, a.metrics[key], b.metrics[key], *told[key][:2], p, key in pairs)
+        for key, p in zip(keys, corrected, strict=True)
+    ]
 
 
-def _paired(a: np.ndarray, b: np.ndarray, resamples: int) -> tuple[float, float, float]:
-    parts = np.concatenate([x.reshape(len(x), -1) for x in (a, b)], axis=1).astype(np.float64)
-    ratios = a.shape[1]
+class _Told(NamedTuple):
+    """What one figure alone tells of its difference."""
 
-    def difference(times: np.ndarray) -> np.ndarray:
-        sums = (times @ parts).reshape(len(times), 2, ratios, 2)
-        each = figures.ratio_mean(sums)
-        return each[:, 1] - each[:, 0]
-
-    drawn = metrics_lib.resampled([len(parts)], difference, resamples=resamples)
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    tail = min((drawn <= 0).sum(), (drawn >= 0).sum())
-    return float(low), float(high), min(1.0, 2 * (int(tail) + 1) / (resamples + 1))
+    low: float
+    high: float
+    p: float
 
 
-def _unpaired(
-    a: Mapping[str, float], b: Mapping[str, float], key: str
-) -> tuple[float, float, float]:
+def _paired(pairs: Mapping[str, tuple[np.ndarray, np.ndarray]], resamples: int) -> dict[str, _Told]:
+    """Figures over as many examples are drawn together: drawing is what takes the time."""
+    sizes: dict[int, list[str]] = {}
+    for key, (first, _) in pairs.items():
+        sizes.setdefault(len(first), []).append(key)
+    found = {}
+    for total, keys in sizes.items():
+        # [examples, a | b, numerator | denominator of each ratio], figure beside figure
+        parts = [np.stack(pairs[key], axis=1).reshape(total, -1) for key in keys]
+        ends = np.cumsum([0, *(part.shape[1] for part in parts)])
+        table = np.concatenate(parts, axis=1).astype(np.float64)
+
+        def differences(
+            times: np.ndarray, table: np.ndarray = table, ends: np.ndarray = ends
+        ) -> np.ndarray:
+            sums = times @ table
+            each = [
+                figures.ratio_mean(sums[:, i:j].reshape(len(times), 2, -1, 2))
+                for i, j in itertools.pairwise(ends)
+            ]
+            return np.stack([values[:, 1] - values[:, 0] for values in each], axis=-1)
+
+        drawn = metrics_lib.resampled([total], differences, resamples=resamples)
+        for key, column in zip(keys, drawn.T, strict=True):
+            low, high = np.quantile(column, [0.025, 0.975])
+            tail = min((column <= 0).sum(), (column >= 0).sum())
+            p = min(1.0, 2 * (int(tail) + 1) / (resamples + 1))
+            found[key] = _Told(float(low), float(high), p)
+    return found
+
+
+def _unpaired(a: Mapping[str, float], b: Mapping[str, float], key: str) -> _Told:
     spread = [(each[f"{key}_high"] - each[f"{key}_low"]) / 2 for each in (a, b)]
     half, gap = math.hypot(*spread), b[key] - a[key]
     if half == 0:
-        return gap, gap, 1.0 if gap == 0 else 0.0
+        return _Told(gap, gap, 1.0 if gap == 0 else 0.0)
     p = math.erfc(abs(gap) / half * metrics_lib.Z95 / math.sqrt(2))
-    return gap - half, gap + half, p
+    return _Told(gap - half, gap + half, p)
 
 
 def holm(raw: list[float]) -> list[float]:

@@ -68,6 +68,13 @@ def test_many_figures_are_corrected_together():
     assert not any(d.real for d in compare.compare(*both, resamples=1000))
 
 
+def test_of_very_many_figures_a_plain_difference_is_still_told():
+    a, b = np.zeros(50, bool), np.ones(50, bool)
+    one, other = ({f"x/f{i}": figures.share(x) for i in range(300)} for x in (a, b))
+    both = [Saved(figures.flat(each), figures.examples(each)) for each in (one, other)]
+    assert all(d.real for d in compare.compare(*both))
+
+
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
 @settings(deadline=None)
 def test_holm_rejects_what_its_definition_rejects(raw):
