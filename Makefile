@@ -66,7 +66,7 @@ lint: $(READY)
 	$(BIN)/pyright
 
 notebooks: $(READY)
-	$(BIN)/python -m pytest --nbmake -n 0 notebooks
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest --nbmake -n 0 notebooks
 
 # Written last, so an interrupted set-up starts again; remade when the requirements change.
 $(READY): requirements/dev.txt pyproject.toml

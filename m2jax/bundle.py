@@ -159,7 +159,7 @@ def load(
     Raises:
         UserError: there is no such directory, or nothing readable in it.
     """
-    directory = _directory(path)
+    directory = local_directory(path)
     mesh = mesh or make_mesh(config_lib.Mesh(), jax.devices()[:1])
     checkpoint = checkpoint_of(directory)
     if checkpoint is None:
@@ -198,12 +198,16 @@ def read_saved(path: str | os.PathLike[str]) -> manager.Saved | None:
     Raises:
         UserError: there is no such directory, or nothing readable in it.
     """
-    checkpoint = checkpoint_of(_directory(path))
+    checkpoint = checkpoint_of(local_directory(path))
     return None if checkpoint is None else manager.read_bundle(checkpoint)
 
 
-def _directory(path: str | os.PathLike[str]) -> Path:
-    """The folder itself, or the copy of one on the Hub or on an object store."""
+def local_directory(path: str | os.PathLike[str]) -> Path:
+    """The folder itself, or the copy of one on the Hub or on an object store.
+
+    Raises:
+        UserError: it cannot be had, or is no folder.
+    """
     if hub.is_hub(path):
         directory = hub.download(path)
     else:

@@ -7,11 +7,12 @@ import functools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jaxtyping import Float
 from PIL import Image
 
 from m2jax import bundle as bundle_lib
@@ -21,6 +22,7 @@ from m2jax.config import Mesh, Model, UserError
 from m2jax.data.text import Speller
 from m2jax.dist.mesh import make_mesh
 from m2jax.dist.sharding import AxisRules
+from m2jax.losses.language import linear_cross_entropy
 from m2jax.models import generate
 from m2jax.models import params as params_lib
 from m2jax.models.generate import Search
@@ -58,9 +60,7 @@ class Captioner:
             UserError: a language the model was not trained in, a search that does not exist.
         """
         search = search or Search(length=self.longest)
-        if language not in self.languages:
-            known = ", ".join(self.languages)
-            raise UserError(f"language {language!r}: the model writes {known}: use one of them")
+        self._check_language(language)
         if search.method not in generate.METHODS:
             known = ", ".join(generate.METHODS)
             raise UserError(f"search {search.method!r}: no such method: use one of {known}")
@@ -78,6 +78,38 @@ class Captioner:
         )
         return [speller.decode(row) for row in jax.device_get(written.ids)]
 
+    def log_likelihood(
+        self, images: Sequence[Image.Image], texts: Sequence[str], *, language: str = "en"
+    ) -> Float[np.ndarray, " texts"]:
+        """Log p(text | image) in nats, its end included: what ranks candidate answers.
+
+        Args:
+            images: PIL images, one per text, or one for all.
+            texts: cut off where they are longer than the model's texts.
+            language: one of ``languages``.
+
+        Raises:
+            UserError: a language the model was not trained in.
+        """
+        self._check_language(language)
+        speller, tokens = self.bundle.tokenizer, self.bundle.tokenize(texts)
+        assert speller is not None  # tokenize saw to it
+        found = _rate(
+            (self.bundle.graph, self.graph),
+            (self.bundle.params, self.params),
+            jnp.asarray(self.bundle.preprocess(images)),
+            jnp.full(len(texts), self.languages.index(language)),
+            jnp.asarray(tokens.ids),
+            jnp.asarray(tokens.mask),
+            speller.vocab_size,
+        )
+        return np.asarray(found)
+
+    def _check_language(self, language: str) -> None:
+        if language not in self.languages:
+            known = ", ".join(self.languages)
+            raise UserError(f"language {language!r}: the model writes {known}: use one of them")
+
 
 @functools.partial(jax.jit, static_argnums=(0, 5, 6, 7))
 def _write(graphs, params, pixels, language, rng, search, end, vocab_size) -> generate.Written:
@@ -94,11 +126,32 @@ def _write(graphs, params, pixels, language, rng, search, end, vocab_size) -> ge
     )
 
 
+@functools.partial(jax.jit, static_argnums=(0, 6))
+def _rate(graphs, params, pixels, language, ids, mask, vocab_size) -> jax.Array:
+    model, heads = (params_lib.bind(g, p) for g, p in zip(graphs, params, strict=True))
+    table = model.text_embed[...]
+    memory = model.encode_image(pixels).vl.tokens
+    memory = jnp.broadcast_to(memory, (len(ids), *memory.shape[1:]))
+    # As in training: what stands before a word predicts it, the first from the language's tag.
+    states = heads.caption(table[ids[:, 1:-1]].astype(model.dtype), language, memory)
+
+    def of_text(states: jax.Array, ids: jax.Array, mask: jax.Array) -> jax.Array:
+        lost = linear_cross_entropy(
+            states[None], table, ids[None], mask[None], vocab_size=vocab_size
+        )
+        return -lost * mask.sum()
+
+    return jax.vmap(of_text)(states, ids[:, 1:], mask[:, 1:].astype(jnp.float32))
+
+
 def can_write(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is a run of ours whose model has a caption head."""
-    directory = Path(path)
-    checkpoint = bundle_lib.checkpoint_of(directory) if directory.is_dir() else None
-    experiment = manager.read_bundle(checkpoint).experiment if checkpoint else None
+    """Whether what ``m2jax.load`` takes is a run of ours whose model has a caption head.
+
+    Raises:
+        UserError: see ``m2jax.load``.
+    """
+    saved = bundle_lib.read_saved(path)
+    experiment = saved.experiment if saved else None
     return experiment is not None and experiment.loss.caption.weight > 0
 
 
@@ -106,14 +159,16 @@ def load_captioner(path: str | os.PathLike[str], *, dtype: str = "float32") -> C
     """Loads a model that was trained with ``loss.caption.weight``.
 
     Args:
-        path: a work directory or one checkpoint folder.
+        path: a work directory or one checkpoint folder, here or as ``m2jax.load`` finds them
+            elsewhere.
         dtype: precision of the computation.
 
     Raises:
         UserError: there is no such model, or it has no caption head or no tokenizer that spells.
     """
-    loaded = bundle_lib.load(path, dtype=dtype)
-    checkpoint, cfg = bundle_lib.checkpoint_of(Path(path)), loaded.config
+    directory = bundle_lib.local_directory(path)
+    loaded = bundle_lib.load(directory, dtype=dtype)
+    checkpoint, cfg = bundle_lib.checkpoint_of(directory), loaded.config
     experiment = manager.read_bundle(checkpoint).experiment if checkpoint else None
     if checkpoint is None or experiment is None or not isinstance(cfg, Model):
         raise UserError(f"{path}: no checkpoint of a training run: name its work directory")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from m2jax import bundle as bundle_lib
 from m2jax import config
 from m2jax.captioner import can_write, load_captioner
 from m2jax.config import UserError
@@ -95,4 +96,30 @@ def test_an_evaluation_is_given_what_writes_the_captions_of_its_model(workdir, t
     assert writer.languages == ("en", "zh")
     assert writer.bundle is model
     assert writer([Image.new("RGB", (16, 16), COLOURS["red"])], language="zh") == ["word7"]
-    assert not can_write("hf:owner/name")
+    with pytest.raises(UserError, match="no such directory"):
+        can_write("nowhere")
+
+
+def test_a_model_elsewhere_writes_too(workdir, monkeypatch, tmp_path):
+    """A captioner at an address is fetched once, and its captions are scored."""
+    fetched = []
+    monkeypatch.setattr(bundle_lib.hub, "download", lambda path: fetched.append(path) or workdir)
+    model, writer = runner.opened("hf:owner/name")
+    assert fetched == ["hf:owner/name"]
+    assert writer is not None
+    assert writer.bundle is model
+    assert can_write("hf:owner/name")
+
+
+def test_the_likelihood_is_that_of_the_words_it_writes(workdir):
+    """Its own caption is the likeliest, and a probability: all one-word texts sum to below 1."""
+    write = load_captioner(workdir)
+    picture = [Image.new("RGB", (16, 16), COLOURS["red"])]
+    texts = [f"word{i}" for i in range(1, 10)]
+    found = write.log_likelihood(picture, texts, language="zh")
+    assert texts[int(np.argmax(found))] == "word7"
+    assert np.exp(found).sum() < 1 + 1e-5
+    each = [write.log_likelihood(picture, [text], language="zh")[0] for text in texts]
+    np.testing.assert_allclose(found, each, rtol=1e-4)
+    with pytest.raises(UserError, match="language 'fr'"):
+        write.log_likelihood(picture, texts, language="fr")

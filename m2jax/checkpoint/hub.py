@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from m2jax.checkpoint.convert import weights
 from m2jax.config import UserError
@@ -46,9 +46,7 @@ def download(path: str | os.PathLike[str]) -> Path:
     return directory
 
 
-def _fetch(
-    path: str | os.PathLike[str], name: str, revision: str, **patterns: Sequence[str]
-) -> Path:
+def _fetch(path: str | os.PathLike[str], name: str, revision: str, **patterns: Any) -> Path:
     """The snapshot of a repository, with at least the files of these patterns."""
     try:
         import huggingface_hub  # pyright: ignore[reportMissingImports]

@@ -39,6 +39,7 @@ EXTRAS = {  # extra of pyproject.toml -> (module, what it is for, what to instal
     "wandb": ("wandb", "log to Weights & Biases", "wandb"),
     "s3": ("s3fs", "work directories on s3://", "s3fs"),
     "gcs": ("gcsfs", "work directories on gs://", "gcsfs"),
+    "explore": ("gradio", "search a folder on a local page (m2jax explore)", "gradio"),
     "hf": ("tokenizers", "models of the CLIP family and of the Hub", "tokenizers huggingface_hub"),
 }
 

@@ -4,36 +4,72 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from m2jax.cli import files
+
+EPILOG = """\
+suites without a data set of their own: emoji, emoji-scenes, emoji-validation (built at first use)
+
+suites over --data [READER:]PATH:
+  zero-shot, linear-probe, fine-tune   pictures with labels (zero-shot: one or several each)
+  retrieval                            pictures with captions
+  choice                               pictures with questions and candidate answers
+  imagenet, cub, dogs, cars, coco-objects, coco-count, vg-position, vg-interaction, vqa
+                                       the same, on the layout of that release
+
+readers (guessed from the path where not named):
+  jsonl    one object per line: image, and caption | label | texts with right (and question)
+  shards   webdataset tars ('a/*.tar'), or a folder as CLIP_benchmark writes it
+  tfds     tfds:NAME as TFDS calls it, or the folder of one version (ArrayRecord files)
+  folder   one folder of images per class
+  cub, dogs, cars, coco-count, coco-objects, vg-position, vg-interaction, vqa
+"""
 
 
 def add_parser(subparsers: Any) -> None:
     """Declares the verb."""
     parser = subparsers.add_parser(
         "eval",
-        help="score a model: zero-shot classification, retrieval, captions",
+        help="score a model: zero-shot classification, retrieval, probes, captions",
         description="Scores a model. Shares are between 0 and 1, CIDEr between 0 and 10.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument(
         "--model", required=True, help="a model or work directory, hf:OWNER/NAME, s3://..."
     )
+    parser.add_argument("--suite", default="emoji", help="see below (default: emoji)")
     parser.add_argument(
-        "--suite", default="emoji", help="emoji, emoji-scenes or emoji-validation (default: emoji)"
+        "--data", default="", metavar="[READER:]PATH", help="the data set; the emoji's: the cache"
     )
-    parser.add_argument("--data", default="", help="where the data sets are (default: the cache)")
+    parser.add_argument("--name", default="", help="of the data set in the names of figures")
+    parser.add_argument("--split", default="", help="of the data set (default: the suite's)")
+    parser.add_argument("--train-split", default="train", help="of probes (default: train)")
     parser.add_argument("--languages", default="en,zh", help="comma-separated (default: en,zh)")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="where paths of images start")
+    parser.add_argument(
+        "--classes", type=Path, metavar="FILE", help="names of classes: lines, or JSON by language"
+    )
+    parser.add_argument(
+        "--templates", type=Path, metavar="FILE", help="prompts with {c}: lines, or JSON"
+    )
+    parser.add_argument("--batch-size", type=int, default=64, help="pictures at once (64)")
     parser.add_argument(
         "--hold-out-styles",
         default="",
         metavar="STYLE,...",
         help="emoji-validation: styles kept out of training (default: those of the model's run)",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the figures here, examples beside them"
+    )
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables here")
     parser.set_defaults(run=run)
 
 
@@ -42,27 +78,82 @@ def run(args: argparse.Namespace) -> int:
     from m2jax import bundle
     from m2jax.config import UserError
     from m2jax.dist.host import load_devices
-    from m2jax.eval import runner
+    from m2jax.eval import runner, tables
 
     languages = tuple(part for part in args.languages.split(",") if part)
     if not languages:
         raise UserError("--languages: names no language: write en,zh")
-    if args.json:
-        files.check_parent(args.json, "--json")
+    if args.batch_size < 1:
+        raise UserError(f"--batch-size {args.batch_size}: must be at least 1")
+    for path, flag in ((args.json, "--json"), (args.markdown, "--markdown")):
+        if path:
+            files.check_parent(path, flag)
+    request = _request(args, languages)
+    runner.check(args.suite, languages, request)
     load_devices()
     held_out = tuple(part for part in args.hold_out_styles.split(",") if part)
     if not held_out and (saved := bundle.read_saved(args.model)) and saved.experiment:
         held_out = saved.experiment.data.hold_out_styles
     model, writer = runner.opened(args.model)
-    metrics = runner.evaluate(
+    if request is not None:
+        request = request.rated_by(writer)
+    found = runner.run_suite(
         model,
         suite=args.suite,
         data_dir=args.data,
         languages=languages,
         hold_out_styles=held_out,
         writer=writer,
+        request=request,
     )
-    if args.json:
-        text = json.dumps(metrics, indent=1, sort_keys=True) + "\n"
-        files.write(args.json, lambda file: file.write(text.encode()))
+    print(tables.table(found.metrics))
+    _write(args, found)
     return 0
+
+
+def _request(args: argparse.Namespace, languages: tuple[str, ...]) -> Any:
+    """What the suites over data sets are told; ``None`` for the others."""
+    from m2jax.eval import suites
+    from m2jax.eval.sets import names
+    from m2jax.eval.sets.records import Place
+
+    if args.suite not in suites.SUITES or not args.data:
+        return None
+    data = Path(args.data)
+    place = Place(
+        data,
+        args.split or suites.SUITES[args.suite].split,
+        language=languages[0] if len(languages) == 1 else "",
+        images=args.images,
+        names=names.read_classes(args.classes) if args.classes else None,
+    )
+    return suites.Request(
+        args.name
+        or re.sub(r"[^\w.-]+", "-", data.stem.rpartition(":")[2]).strip("-")
+        or args.suite,
+        place,
+        train_split=args.train_split,
+        languages=languages,
+        templates=names.read_templates(args.templates) if args.templates else {},
+        batch=args.batch_size,
+        show=True,
+    )
+
+
+def _write(args: argparse.Namespace, found: Any) -> None:
+    """The files that were asked for."""
+    from m2jax.eval import compare, tables
+
+    if args.json:
+        target = compare.examples_file(args.json)
+        target.unlink(missing_ok=True)  # those of an evaluation before are not of this one
+        if found.examples:
+            fill = functools.partial(
+                compare.write_examples, examples=found.examples, questions=found.questions
+            )
+            files.write(target, fill)
+        text = json.dumps(found.metrics, indent=1, sort_keys=True) + "\n"
+        files.write(args.json, lambda file: file.write(text.encode()))
+    if args.markdown:
+        text = tables.markdown(found.metrics)
+        files.write(args.markdown, lambda file: file.write(text.encode()))

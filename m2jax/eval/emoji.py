@@ -16,8 +16,9 @@ from jaxtyping import Float
 from PIL import Image
 
 from m2jax.data.emoji import Drawings, EmojiData
-from m2jax.eval import baselines
+from m2jax.eval import baselines, figures
 from m2jax.eval import metrics as metrics_lib
+from m2jax.eval.figures import Figure
 
 KS = (1, 5, 10)
 
@@ -100,29 +101,28 @@ def score_style(
     return scored
 
 
-def summarise(scored: Scored) -> dict[str, float]:
-    """The flat metrics of one style and language, seen and unseen apart."""
-    found: dict[str, float] = {}
+def summarise(scored: Scored) -> dict[str, Figure]:
+    """The figures of one style and language, seen and unseen apart."""
+    found: dict[str, Figure] = {}
     ranks = metrics_lib.first_right(scored.scores, scored.right)
     for part, rows in (("seen", scored.seen), ("unseen", ~scored.seen)):
         if not rows.any():
             continue
         where = f"{scored.style}/{part}/{scored.language}"
         for k in (1, 5):
-            share = metrics_lib.hits(ranks[rows], k)
-            key = f"zero_shot/{where}/top{k}"
-            found |= {key: share.value, f"{key}_low": share.low, f"{key}_high": share.high}
+            found[f"zero_shot/{where}/top{k}"] = figures.share(ranks[rows] < k)
         columns = scored.right[rows].any(axis=0)
         scores, right = (x[rows][:, columns] for x in (scored.scores, scored.right))
         ranked = []
         for way, matrix, gold in (("i2t", scores, right), ("t2i", scores.T, right.T)):
             ranked.append(metrics_lib.first_right(matrix, gold))
             for k in KS:
-                found[f"retrieval/{where}/{way}_r{k}"] = metrics_lib.hits(ranked[-1], k).value
+                found[f"retrieval/{where}/{way}_r{k}"] = figures.share(ranked[-1] < k)
         mean = metrics_lib.mean_recall(ranked, KS)
-        key = f"retrieval/{where}/mean_recall"
-        found |= {key: mean.value, f"{key}_low": mean.low, f"{key}_high": mean.high}
+        found[f"retrieval/{where}/mean_recall"] = Figure(mean)
         sizes = scores.shape[1], scores.shape[0]  # what image->text and text->image rank
         by_chance = np.mean([baselines.chance(size, k) for size in sizes for k in KS])
-        found[f"baseline/chance/{scored.style}/{part}/mean_recall"] = float(by_chance)
+        found[f"baseline/chance/{scored.style}/{part}/mean_recall"] = figures.exactly(
+            float(by_chance)
+        )
     return found

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from m2jax.config import UserError
 
 Z95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
+BLOCK = 2**23  # counts of drawn examples held at once: 64 MB
 
 
 class Share(NamedTuple):
@@ -51,22 +52,36 @@ def first_right(
     return np.where(right.any(axis=1), before, scores.shape[1])
 
 
-def mean_recall(
-    ranks: Sequence[Int[np.ndarray, " queries"]], ks: Sequence[int], *, resamples: int = 1000
-) -> Share:
-    """Mean over directions and k of the recall at k, with its bootstrap 95 % interval.
+def resampled(
+    totals: Sequence[int], statistic: Callable[..., np.ndarray], *, resamples: int = 1000
+) -> Float[np.ndarray, " resamples"]:
+    """A statistic of samples drawn anew with replacement, each on its own (Efron 1979).
 
-    Queries are drawn anew with replacement in each direction on its own (Efron 1979, percentile
-    interval); the draw is fixed, so one ranking always gives one interval.
+    The draws are fixed, so one sample always gives one result, and two models that answered the
+    same questions are drawn alike: their differences are paired.
+
+    Args:
+        totals: number of examples of each sample.
+        statistic: from how often each example was drawn, float64 [block, total] per sample, to the
+            statistic of each draw [block].
+        resamples: number of draws.
     """
-    rng = np.random.default_rng(0)
-    value, drawn = 0.0, np.zeros(resamples)
-    for way in ranks:
-        found = np.stack([way < k for k in ks]).mean(axis=0)  # of each query, in [0, 1]
-        value += found.mean() / len(ranks)
-        picks = rng.integers(len(way), size=(resamples, len(way)))
-        drawn += found[picks].mean(axis=1) / len(ranks)
-    low, high = np.quantile(drawn, [0.025, 0.975])
+    rngs = [np.random.default_rng(number) for number in range(len(totals))]
+    block = max(1, min(resamples, BLOCK // max(totals)))
+    found = []
+    for first in range(0, resamples, block):
+        size = min(block, resamples - first)
+        times = [
+            rng.multinomial(total, np.full(total, 1 / total), size=size).astype(np.float64)
+            for rng, total in zip(rngs, totals, strict=True)
+        ]
+        found.append(statistic(*times))
+    return np.concatenate(found)
+
+
+def interval(value: float, drawn: Float[np.ndarray, " resamples"]) -> Share:
+    """A value with the percentile interval of its draws, widened where it lies outside of them."""
+    low, high = np.nanquantile(drawn, [0.025, 0.975])
     return Share(float(value), float(min(low, value)), float(max(high, value)))
 
 
@@ -76,9 +91,7 @@ def bootstrap(
     *,
     resamples: int = 1000,
 ) -> Share:
-    """A statistic of a sample with its bootstrap 95 % interval (Efron 1979, percentile interval).
-
-    The draw is fixed, so one sample always gives one interval.
+    """A statistic of sums over a sample, with its bootstrap 95 % interval; see ``resampled``.
 
     Args:
         parts: of each sample, what the statistic needs sums of.
@@ -86,11 +99,27 @@ def bootstrap(
         resamples: number of samples drawn anew.
     """
     total = len(parts)
-    times = np.random.default_rng(0).multinomial(total, np.full(total, 1 / total), size=resamples)
     of = statistic or (lambda sums: sums / total)
-    value, drawn = of(parts.sum(axis=0)), of(times @ parts)
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return Share(float(value), float(min(low, value)), float(max(high, value)))
+    drawn = resampled([total], lambda times: of(times @ parts), resamples=resamples)
+    return interval(float(of(parts.sum(axis=0))), drawn)
+
+
+def mean_recall(
+    ranks: Sequence[Int[np.ndarray, " queries"]], ks: Sequence[int], *, resamples: int = 1000
+) -> Share:
+    """Mean over directions and k of the recall at k, with its bootstrap 95 % interval.
+
+    Each direction's queries are drawn on their own: right where no query of one direction belongs
+    to one of the other. ``retrieval.score`` draws images with their captions.
+    """
+    found = [np.stack([way < k for k in ks]).mean(axis=0) for way in ranks]  # each in [0, 1]
+
+    def mean(*times: np.ndarray) -> np.ndarray:
+        each = [t @ way / len(way) for t, way in zip(times, found, strict=True)]
+        return np.mean(each, axis=0)
+
+    drawn = resampled([len(way) for way in found], mean, resamples=resamples)
+    return interval(float(np.mean([way.mean() for way in found])), drawn)
 
 
 def hits(ranks: Int[np.ndarray, " queries"], k: int) -> Share:

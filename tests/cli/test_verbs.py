@@ -23,6 +23,7 @@ from m2jax.cli import inspect as inspect_verb
 from m2jax.cli.main import main
 from m2jax.config import UserError
 from m2jax.config_files import load_config
+from m2jax.eval import compare, suites
 
 Install = Callable[..., None]
 
@@ -110,26 +111,60 @@ def test_train_names_a_bad_config(
 def test_eval_scores_and_writes(bundle: FakeBundle, install: Install, tmp_path: Path) -> None:
     calls: list[tuple[Any, dict[str, Any]]] = []
 
-    def evaluate(model: Any, **options: Any) -> dict[str, float]:
+    def run_suite(model: Any, **options: Any) -> Any:
         calls.append((model, options))
-        return {"b": 0.5, "a": 1.0}
+        examples = {"a": np.ones((3, 1, 2), np.float32)}
+        return SimpleNamespace(metrics={"x/b": 0.5, "x/a": 1.0}, examples=examples, questions="q")
 
-    install("m2jax.eval", __path__=[])
-    install("m2jax.eval.runner", evaluate=evaluate, opened=lambda path: (bundle, "writer"))
+    opened = lambda path: (bundle, "writer")  # noqa: E731
+    install("m2jax.eval.runner", run_suite=run_suite, opened=opened, check=lambda *asked: None)
     out = tmp_path / "scores.json"
     words = ["eval", "--model", "m", "--suite", "s", "--data", "d", "--languages", "zh"]
-    assert main([*words, "--json", str(out)]) == 0
+    markdown = tmp_path / "scores.md"
+    assert main([*words, "--json", str(out), "--markdown", str(markdown)]) == 0
     asked = {"suite": "s", "data_dir": "d", "languages": ("zh",), "hold_out_styles": ("noto",)}
-    assert calls == [(bundle, {**asked, "writer": "writer"})]
-    assert json.loads(out.read_text()) == {"a": 1.0, "b": 0.5}
+    assert calls == [(bundle, {**asked, "writer": "writer", "request": None})]
+    assert json.loads(out.read_text()) == {"x/a": 1.0, "x/b": 0.5}
+    assert "| x | 50.0 | 100.0 |" in markdown.read_text()
+    assert compare.read(out).examples.keys() == {"a"}
+    assert compare.read(out).questions == "q"
     assert main([*words[:-1], ",", "--json", str(out)]) == 2
+
+
+def test_eval_hands_a_data_set_over_with_its_names(
+    bundle: FakeBundle, install: Install, tmp_path: Path
+) -> None:
+    calls: list[Any] = []
+
+    def run_suite(model: Any, **options: Any) -> Any:
+        calls.append(options["request"])
+        return SimpleNamespace(metrics={"x/a": 1.0}, examples={}, questions="")
+
+    opened = lambda path: (bundle, "writer")  # noqa: E731
+    install("m2jax.eval.runner", run_suite=run_suite, opened=opened, check=lambda *asked: None)
+    names, out = tmp_path / "names.txt", tmp_path / "a.json"
+    names.write_text("猫\n狗\n", encoding="utf-8")
+    compare.examples_file(out).write_bytes(b"of another evaluation")
+    assert "zero-shot" in suites.SUITES  # the real ones, read before the stand-ins are put
+    words = ["eval", "--model", "m", "--suite", "zero-shot", "--data", "folder:some/pets"]
+    assert main([*words, "--classes", str(names), "--split", "val", "--json", str(out)]) == 0
+    [request] = calls
+    assert request.name == "pets"
+    assert request.rater == "writer"
+    assert request.place.path == Path("folder:some/pets")
+    assert request.place.names == {"zh": [("猫",), ("狗",)]}
+    assert request.place.split == "val"
+    assert not compare.examples_file(out).exists()  # what lay there was not of this evaluation
+    assert main([*words[:-1], "shards:a/*.tar", "--json", str(out)]) == 0
+    assert calls[-1].name == "zero-shot"  # a pattern is no name
+    assert main([*words, "--classes", str(tmp_path / "none.txt")]) == 2
+    assert main([*words, "--batch-size", "0"]) == 2
 
 
 def test_an_unwritable_output_is_refused_before_the_work(
     bundle: FakeBundle, install: Install, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    install("m2jax.eval", __path__=[])
-    install("m2jax.eval.runner", evaluate=lambda *args, **options: pytest.fail("ran"))
+    install("m2jax.eval.runner", opened=lambda path: pytest.fail("ran"))
     assert main(["eval", "--model", "m", "--json", str(tmp_path / "no" / "x.json")]) == 2
     assert "make it first" in capsys.readouterr().err
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from m2jax.data.emoji import Concept, Drawings
-from m2jax.eval import baselines, metrics, report_rankings, runner
+from m2jax.eval import baselines, figures, metrics, report_rankings, runner
 from m2jax.eval import emoji as suite
 
 
@@ -41,7 +41,7 @@ def scored(scores, right, seen=None):
 def test_each_direction_and_each_k_of_retrieval_is_counted_on_its_own():
     # every picture prefers text 0; each text ranks its own picture first
     scores = [[9.0, 1, 0], [5, 3, 0], [5, 0, 2]]
-    found = suite.summarise(scored(scores, np.eye(3)))
+    found = figures.flat(suite.summarise(scored(scores, np.eye(3))))
     np.testing.assert_allclose(found["retrieval/s/seen/en/i2t_r1"], 1 / 3)
     assert found["retrieval/s/seen/en/i2t_r5"] == 1
     assert found["retrieval/s/seen/en/t2i_r1"] == 1

@@ -56,6 +56,10 @@ def test_the_mean_recall_interval_covers_what_a_binomial_would():
     np.testing.assert_allclose(both.value, (share.value + 1) / 2)
     assert (both.high - both.low) < 0.6 * (share.high - share.low)  # half the spread in one way
     assert metrics.mean_recall([np.zeros(3, int)], [1]) == (1, 1, 1)
+    # Directions are drawn each on its own, were they alike to the last query.
+    twice = metrics.mean_recall([ranks, ranks], [1])
+    spread = (twice.high - twice.low) / (share.high - share.low)
+    assert spread == pytest.approx(0.5**0.5, abs=0.07)
 
 
 def picture(colour):
@@ -193,6 +197,8 @@ def test_thumbnails_are_bilinear_on_white():
 
 def test_unknown_suites_and_languages_are_refused():
     with pytest.raises(UserError, match="emoji-validation"):
+        runner.run_suite(Oracle(), suite="imagenette")
+    with pytest.raises(UserError, match="name it with --data"):
         runner.run_suite(Oracle(), suite="imagenet")
     with pytest.raises(UserError, match="fr"):
         runner.run_suite(Oracle(), languages=("fr",))

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from m2jax.cli.main import main
+from m2jax.config import UserError
+from m2jax.eval import compare, figures, metrics
+from m2jax.eval.compare import Saved
+
+
+def saved(figure, questions="q"):
+    found = {"x/top1": figure}
+    return Saved(figures.flat(found), figures.examples(found), questions)
+
+
+def answers(seed, count, right):
+    return np.random.default_rng(seed).random(count) < right
+
+
+def test_pairs_see_what_intervals_alone_do_not():
+    """B answers as A does but for 8 of 400 questions, all of them gained: told only in pairs."""
+    a = answers(0, 400, 0.5)
+    b = a.copy()
+    b[np.flatnonzero(~a)[:12]] = True
+    [paired] = compare.compare(saved(figures.share(a)), saved(figures.share(b)))
+    assert paired.paired
+    assert paired.real
+    assert paired.b - paired.a == pytest.approx(12 / 400)
+    assert 0 < paired.low < 12 / 400 < paired.high
+    [alone] = compare.compare(saved(figures.share(a)), saved(figures.share(b), "other"))
+    assert not alone.paired
+    assert not alone.real
+    [same] = compare.compare(saved(figures.share(a)), saved(figures.share(a)))
+    assert same.p == 1
+
+
+def test_the_p_value_is_that_of_an_exact_test():
+    """McNemar's exact test on the discordant pairs, an independent way to the same question."""
+    a, b = answers(1, 500, 0.6), answers(2, 500, 0.6)
+    b[:60] = True
+    gained, lost = int((b & ~a).sum()), int((a & ~b).sum())
+    exact = scipy.stats.binomtest(min(gained, lost), gained + lost).pvalue
+    [found] = compare.compare(saved(figures.share(a)), saved(figures.share(b)))
+    assert found.p == pytest.approx(exact, abs=0.02)
+
+
+def test_without_a_difference_few_are_called_real():
+    """At a level of 5 % about one pair in twenty of equal models would be; never most of them."""
+    called = []
+    for seed in range(60):
+        a, b = answers(seed, 200, 0.5), answers(seed + 1000, 200, 0.5)
+        found = compare.compare(saved(figures.share(a)), saved(figures.share(b)), resamples=1000)
+        called.append(found[0].real)
+    assert sum(called) <= 8  # binomial(60, 0.05) is above with probability 0.002
+
+
+def test_many_figures_are_corrected_together():
+    rng = np.random.default_rng(0)
+    one, other = (
+        {f"x/f{i}": figures.share(rng.random(200) < 0.5) for i in range(40)} for _ in "ab"
+    )
+    both = [Saved(figures.flat(each), figures.examples(each)) for each in (one, other)]
+    raw = [compare.compare(saved(one[k]), saved(other[k]), resamples=1000)[0].p for k in one]
+    assert min(raw) < 0.05  # of forty some differ by chance
+    assert not any(d.real for d in compare.compare(*both, resamples=1000))
+
+
+def test_of_very_many_figures_a_plain_difference_is_still_told():
+    a, b = np.zeros(50, bool), np.ones(50, bool)
+    one, other = ({f"x/f{i}": figures.share(x) for i in range(300)} for x in (a, b))
+    both = [Saved(figures.flat(each), figures.examples(each)) for each in (one, other)]
+    assert all(d.real for d in compare.compare(*both))
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
+@settings(deadline=None)
+def test_holm_rejects_what_its_definition_rejects(raw):
+    """Step down: the smallest p against level / m, the next against level / (m - 1), ..."""
+    adjusted = compare.holm(raw)
+    for level in (0.01, 0.05, 0.3):
+        expected, order = set(), sorted(range(len(raw)), key=raw.__getitem__)
+        for place, index in enumerate(order):
+            if raw[index] * (len(raw) - place) >= level:
+                break
+            expected.add(index)
+        assert {i for i, p in enumerate(adjusted) if p < level} == expected
+
+
+def test_a_figure_without_examples_is_compared_by_its_interval():
+    a, b = ({"m/map": v, "m/map_low": v - 0.01, "m/map_high": v + 0.01} for v in (0.5, 0.6))
+    [found] = compare.compare(Saved(a, {}), Saved(b, {}))
+    assert not found.paired
+    assert found.real
+    assert found.high - found.low == pytest.approx(2 * np.hypot(0.01, 0.01))
+    [close] = compare.compare(Saved(a, {}), Saved({**a, "m/map": 0.505}, {}))
+    assert not close.real
+
+
+def test_clusters_and_means_of_ratios_are_compared_as_they_are_measured():
+    rng = np.random.default_rng(3)
+    counts = rng.integers(1, 6, (100, 3))
+    a = np.stack([rng.binomial(counts, 0.4), counts], -1).astype(np.float32)
+    b = a.copy()
+    b[:40, :, 0] = b[:40, :, 1]
+    [found] = compare.compare(saved(figures.ratios(a)), saved(figures.ratios(b)))
+    assert found.real
+    assert found.low <= found.b - found.a <= found.high
+
+
+def test_files_round_trip_and_the_verb_tells(tmp_path, capsys):
+    a = answers(0, 300, 0.4)
+    files = []
+    for name, right in (("a", a), ("b", a | answers(9, 300, 0.2))):
+        file = tmp_path / f"{name}.json"
+        found = {"x/top1": figures.share(right)}
+        import json
+
+        file.write_text(json.dumps(figures.flat(found)))
+        with compare.examples_file(file).open("wb") as out:
+            compare.write_examples(out, figures.examples(found), "q")
+        files.append(str(file))
+    out = tmp_path / "c.json"
+    assert main(["compare", *files, "--json", str(out)]) == 0
+    assert "real" in capsys.readouterr().out
+    assert '"real": true' in out.read_text()
+    assert main(["compare", files[0], files[0]]) == 0
+    assert "could be chance" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"a": "b"}', "[" * 100_000])
+def test_what_is_no_evaluation_is_refused(tmp_path, text, capsys):
+    file = tmp_path / "a.json"
+    file.write_text(text)
+    assert main(["compare", str(file), str(file)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_damaged_examples_and_nothing_in_common_are_refused(tmp_path):
+    file = tmp_path / "a.json"
+    file.write_text('{"x/a": 0.5}')
+    compare.examples_file(file).write_bytes(b"PK\x03\x04 cut off")
+    with pytest.raises(UserError, match="damaged"):
+        compare.read(file)
+    with pytest.raises(UserError, match="no figure in common"):
+        compare.compare(Saved({"x/a": 0.5}, {}), Saved({"x/b": 0.5}, {}))
+
+
+def test_draws_do_not_depend_on_how_many_are_held_at_once(monkeypatch):
+    values = np.random.default_rng(0).random((50, 2))
+    whole = metrics.bootstrap(values, lambda sums: sums[..., 0] / sums[..., 1])
+    monkeypatch.setattr(metrics, "BLOCK", 120)
+    cut = metrics.bootstrap(values, lambda sums: sums[..., 0] / sums[..., 1])
+    np.testing.assert_allclose(cut, whole, rtol=1e-12)
