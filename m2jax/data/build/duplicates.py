@@ -143,7 +143,8 @@ def _block(
     block: np.ndarray, earlier: np.ndarray, first: int, rules: Duplicates
 ) -> Iterator[Found]:
     """Rows of a group, which begin at ``first``, against those before each."""
-    before = np.less(np.arange(len(earlier)), (first + np.arange(len(block)))[:, None])
+    places = first + np.arange(len(block))
+    before = np.arange(len(earlier)) < places.reshape(-1, 1)
     near = signatures.distances(block["image"].copy(), earlier["image"].copy()) <= rules.image_bits
     test = earlier["evaluation"].astype(bool)
     seen = (near & test).any(axis=1)
