@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Collections with planted faults, for benchmarks/build.py: what is in them is known to the record.
 
-Scenes of two to four drawings of the emoji set (training and test styles) on a coloured ground, with
-a sentence in English and one in Chinese that name them. Most are different from all others; the rest
-is planted: copies, near copies (saved again, scaled, a word more), pictures of an evaluation set,
-pairs that must stay (the same sentence on another picture, the same picture with another sentence),
-and bad rows of 16 kinds. Five sources in five formats, always in the same order.
+Scenes of two to four drawings of the emoji set (training and test styles) on a coloured ground,
+with a sentence in English and one in Chinese that name them. Most are different from all others;
+the rest is planted: copies, near copies (saved again, scaled, a word more), pictures of an
+evaluation set, pairs that must stay (the same sentence on another picture, the same picture with
+another sentence), and bad rows of 17 kinds. Five sources in five formats, always in the same order.
 """
 
 import base64
@@ -121,7 +121,8 @@ def again(image, rng):
     scale = rng.choice([0.5, 0.75, 1.0, 1.5, 2.0])
     side = round(SIDE * scale)
     image = image.resize((side, side), Image.Resampling.BICUBIC)
-    image = image.point(lambda v, f=rng.uniform(0.93, 1.07): min(255, round(v * f)))
+    factor = rng.uniform(0.93, 1.07)
+    image = image.point([min(255, round(v * factor)) for v in range(256)] * 3)
     if rng.random() < 0.2:
         return encoded(image, "WEBP", int(rng.integers(50, 95)))
     return encoded(image, "JPEG", int(rng.integers(35, 95)))
@@ -274,7 +275,7 @@ class _Tars:
         if self._count % PER_TAR == 0:
             self.close()
             self._name = f"{self._count // PER_TAR:05d}.tar"
-            self._tar = tarfile.open(self._folder / self._name, "w")  # noqa: SIM115
+            self._tar = tarfile.open(self._folder / self._name, "w")
         key = f"{self._count:07d}"
         self._count += 1
         english = b"caf\xe9 au lait" if row.label == "bad: not utf-8" else row.english.encode()

@@ -147,7 +147,7 @@ def _block(
     before = np.arange(len(earlier)) < places.reshape(-1, 1)
     near = signatures.distances(block["image"].copy(), earlier["image"].copy()) <= rules.image_bits
     test = earlier["evaluation"].astype(bool)
-    seen = (near & test).any(axis=1)
+    seen = np.asarray((near & test).any(axis=1))
     if rules.near == "text":
         pairs = before & ~test
     elif rules.near == "none":
