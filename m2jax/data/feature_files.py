@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Features of many records in files that appear whole: Parquet, or ArrayRecord.
 
-Columns of a row: ``id``; ``image`` [dim]; ``language`` and ``text`` [captions, dim], one per caption
-(a record of ArrayRecord is a ``tf.train.Example``; its ``text`` is flat). Features are float32. Rows
+Columns: ``id``; ``image`` [dim]; ``language`` and ``text`` [captions, dim], one per caption. (A
+record of ArrayRecord is a ``tf.train.Example``; its ``text`` is flat.) Features are float32. Rows
 go to the disk a group at a time, so memory does not grow with their number.
 """
 
