@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """A build of shards whose input is known to the record: faults found, duplicates, speed, memory.
 
-    python benchmarks/build.py [--records 10000 30000 100000] [--again] [--folder DIR]
+    python benchmarks/build.py [--records 10000 30000 100000] [--again 30000]
 
 Writes the collections of benchmarks/build_inputs.py, runs ``m2jax data build shards`` on them in a
-process of its own, and compares what became of each record with what was planted. ``--again`` kills
-a second build of the largest size half-way, starts it again and compares every file's checksum.
+process of its own, and compares what became of each record with what was planted. With
+``--again`` a second build of that size is killed at four moments, goes on, and every file's checksum
+is compared.
 """
 
 import argparse
@@ -133,7 +134,7 @@ def main():
     """Prints one JSON object per size."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--records", type=int, nargs="+", default=[10_000, 30_000, 100_000])
-    parser.add_argument("--again", action="store_true", help="kill a second build, compare")
+    parser.add_argument("--again", type=int, default=0, help="size to kill and build once more")
     parser.add_argument("--folder", type=Path, help="for the files (default: a temporary one)")
     args = parser.parse_args()
     for count in args.records:
@@ -150,7 +151,7 @@ def main():
                 **compare(truth, outcome(folder / "out")),
             }
             print(json.dumps(row), flush=True)
-            if args.again and count == max(args.records):
+            if count == args.again:
                 files = [f for s in manifest.read(folder / "out")["sources"] for f in s["files"]]
                 runs = [run(words, folder / "killed", kill_when=m) for m in moments(len(files))]
                 run(words, folder / "killed")

@@ -94,6 +94,7 @@ def run(args: argparse.Namespace) -> int:
     from m2jax.config import UserError
     from m2jax.data.build import INSTALL
 
+    logging.getLogger("apache_beam").setLevel(logging.CRITICAL)  # errors come as exceptions too
     logging.disable(logging.WARNING)  # Beam complains of what it looks for in vain
     try:
         from m2jax.data.build import manifest, pipeline

@@ -85,10 +85,10 @@ def _hash(text: str) -> int:
 
 
 def exact(record: Record) -> int:
-    """A hash of the image's bytes and the captions."""
+    """A hash of the image's bytes and the captions, whose order means nothing."""
     digest = hashlib.blake2b(record.image, digest_size=8)
-    for caption in record.captions:
-        digest.update(f"\0{caption.language}\0{caption.text}".encode())
+    for language, text in sorted((c.language, c.text) for c in record.captions):
+        digest.update(f"\0{language}\0{text}".encode())
     return int.from_bytes(digest.digest(), "little")
 
 

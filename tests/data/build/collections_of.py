@@ -20,9 +20,9 @@ COLOURS = ("红色", "高大", "木头", "破旧", "彩绘", "狭窄", "空空�
 
 
 def picture(number, side=48):
-    """A picture of its own for each number: coarse noise."""
+    """A picture of its own for each number: noise."""
     rng = np.random.default_rng(number)
-    cells = rng.integers(0, 256, (6, 6, 3), np.uint8)
+    cells = rng.integers(0, 256, (16, 16, 3), np.uint8)
     return Image.fromarray(cells).resize((side, side), Image.Resampling.BICUBIC)
 
 
