@@ -5,8 +5,8 @@
 
 Writes the collections of benchmarks/build_inputs.py, runs ``m2jax data build shards`` on them in a
 process of its own, and compares what became of each record with what was planted. With
-``--again`` a second build of that size is killed at four moments, goes on, and every file's checksum
-is compared.
+``--again`` a second build of that size is killed at four moments and goes on, and the checksums of
+all files are compared.
 """
 
 import argparse
