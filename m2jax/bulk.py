@@ -144,12 +144,13 @@ def _read(pairs: Pairs, bundle: Bundle, options: Options, rows: range, stem: str
     skipped: list[tuple[int, str]] = []
     for row in rows:
         try:
-            pair = pairs.read(row)
+            if isinstance(pairs, ShardPairs):
+                record = pairs.record(row)
+                found.append((record.key, pairs.pair(record)))
+            else:
+                found.append((f"{stem}#{row}", pairs.read(row)))
         except UserError as error:
             skipped.append((row, str(error)))
-            continue
-        key = pairs.record(row).key if isinstance(pairs, ShardPairs) else f"{stem}#{row}"
-        found.append((key, pair))
     texts: list[str] = []
     languages: list[tuple[str, ...]] = []
     for _, pair in found:

@@ -59,7 +59,14 @@ class ShardPairs:
 
     def read(self, row: int) -> Pair:
         """One record; see ``Pairs``. Of several captions in a language, all."""
-        record = self.record(row)
+        return self.pair(self.record(row))
+
+    def pair(self, record: Record) -> Pair:
+        """A record as a pair.
+
+        Raises:
+            UserError: its image cannot be decoded.
+        """
         texts: dict[str, tuple[str, ...]] = {}
         for caption in record.captions:
             if caption.text:
