@@ -29,6 +29,7 @@ from m2jax.data.build import shards, work
 from m2jax.data.build.records import Caption, Record, encode
 from m2jax.data.image import Preprocess
 from m2jax.data.text import SentencePieceTokenizer, train_tokenizer
+from m2jax.dist.host import load_devices
 from m2jax.models import params as params_lib
 
 SIZES = {"width": 16, "heads": 2, "backbone_layers": 1, "vl_layers": 1, "out_dim": 16}
@@ -84,6 +85,7 @@ def main():
     parser.add_argument("--batch", type=int, default=1024)
     parser.add_argument("--folder", type=Path, help="for the files (default: a temporary one)")
     args = parser.parse_args()
+    load_devices()
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         place = Path(name)
         write_model(place / "model")
