@@ -75,6 +75,8 @@ def test_a_build_from_the_shell(tmp_path, capsys):
         (["--weight", "y=1"], "--weight y: no such source: name one of ['web']"),
         (["--weight", "web=many"], "--weight web: 'many' is no number"),
         (["--weight", "web=-1"], "weight -1.0: from 0 to 100"),
+        (["--", "--runer=SparkRunner"], "Beam knows no option runer: mend it"),
+        (["stray"], "Beam knows no option stray"),
         (["--aspect", "0"], "--aspect 0.0: must lie between"),
         (["--low-score", "drop"], "no scores to judge by: add --score-model"),
         (["--captioner", "x"], "no scores to judge by: add --score-model"),

@@ -55,6 +55,7 @@ def build(
             something else.
     """
     plan_lib.check(plan)
+    _check_options(beam_options)
     if (plan.scoring.model != "") != (models.scorer is not None):
         raise UserError("--score-model: a scorer must come with the plan that names it")
     if plan.scoring.low == "rewrite" and models.rewriter is None:
@@ -67,7 +68,7 @@ def build(
     counts: dict[int, collections.Counter[str]] = {
         ordinal: collections.Counter() for ordinal in range(len(units))
     }
-    stage = _Stage(plan, beam_options, say)
+    stage = _Stage(beam_options, say)
     _add(counts, stage.run("read", _Read(plan, units), range(len(units))))
     parts = _find(plan, units, counts, stage)
     ours = [n for n, unit in enumerate(units) if not plan.sources[unit.source].evaluation]
@@ -79,6 +80,21 @@ def build(
     count = max(1, round(records / plan.shard_records))
     stated = stage.run("shards", _Write(plan, ours, count), range(count))
     return manifest.write(plan, units, counts, [stated[i] for i in range(count)])
+
+
+def _check_options(words: Sequence[str]) -> None:
+    """Refuses what Beam would pass over in silence.
+
+    Raises:
+        UserError: an option that Beam does not know.
+    """
+    options = PipelineOptions(list(words))
+    known = options.get_all_options()
+    unknown = sorted(set(options.get_all_options(retain_unknown_options=True)) - set(known))
+    if unknown or (words and not words[0].startswith("-")):
+        raise UserError(
+            f"-- {' '.join(words)}: Beam knows no option {(unknown or words)[0]}: mend it"
+        )
 
 
 def _claim(plan: Plan, mark: str) -> None:
@@ -145,8 +161,8 @@ def _find(
 class _Stage:
     """Runs pieces of work in Beam."""
 
-    def __init__(self, plan: Plan, options: Sequence[str], say: Say) -> None:
-        self._plan, self._options, self.say = plan, list(options), say
+    def __init__(self, options: Sequence[str], say: Say) -> None:
+        self._options, self.say = list(options), say
 
     def pipeline(self) -> beam.Pipeline:
         """A pipeline with the user's options."""

@@ -2,7 +2,7 @@
 """Chinese-CLIP's LMDB folders: ``imgs`` and ``pairs`` side by side.
 
 ``imgs`` holds Base64 by image id; ``pairs`` holds, by running number, a pickled tuple of image id,
-text id and text. A pickle can run code, so only the opcodes of numbers, texts and tuples pass.
+text id and text. A pickle can run code, so one that asks for anything by its name is refused.
 """
 
 from __future__ import annotations

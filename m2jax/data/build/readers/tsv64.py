@@ -27,7 +27,7 @@ URL_SAFE = bytes.maketrans(b"-_", b"+/")
 
 
 class Tsv64:
-    """A unit is a stretch of the images; texts are looked up in an index made on the fly."""
+    """A unit is a stretch of the images; each makes an index of all texts, on disk if need be."""
 
     def units(self, file: Path) -> list[Mapping[str, int]]:
         """See ``Reader``."""
