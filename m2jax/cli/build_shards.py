@@ -27,7 +27,7 @@ DUPLICATES: tuple[tuple[str, type, Any, str], ...] = (
     ("--image-bits", int, 28, "of 256 in which the hashes of alike images differ, at most"),
     ("--jaccard", float, 0.7, "share of common three-character pieces of alike captions"),
     ("--evaluation-text", int, 30, "characters from which an evaluation caption is kept out"),
-    ("--pass-records", int, 50_000, "records whose signatures are shuffled at a time; 0: all"),
+    ("--pass-records", int, 20_000, "records whose signatures are shuffled at a time; 0: all"),
 )
 
 

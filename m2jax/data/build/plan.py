@@ -28,7 +28,7 @@ class Duplicates:
     image_bits: int = 28  # of 256 in which alike images' hashes differ, at most
     jaccard: float = 0.7  # of the shingles of alike captions, at least
     evaluation_text: int = 30  # characters from which a caption shared with evaluation is no chance
-    pass_records: int = 50_000  # records whose signatures Beam shuffles at a time; 0: all
+    pass_records: int = 20_000  # records whose signatures Beam shuffles at a time; 0: all
 
 
 @dataclass(frozen=True)
