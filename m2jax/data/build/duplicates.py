@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import NamedTuple
 
 import apache_beam as beam
 import numpy as np
@@ -170,14 +171,14 @@ def _block(
 class Write(beam.DoFn):
     """``duplicates/write``: what goes of a unit, as one small file per unit and pass."""
 
-    def __init__(self, plan: Plan, part: int) -> None:
-        self._plan, self._part = plan, part
+    def __init__(self, plan: Plan, part: int, parts: int) -> None:
+        self._plan, self._part, self._parts = plan, part, parts
 
     def process(self, element: tuple[int, Iterable[Found]]) -> Iterator[tuple[str, int]]:
         """(ordinal, what goes) -> counts by reason."""
         ordinal, found = element
         rows = chosen(found)
-        target = place(self._plan, self._part, ordinal)
+        target = place(self._plan, self._part, self._parts, ordinal)
         with work.folder(target) as folder:
             work.write_arrays(folder / "gone.npz", gone=np.array(rows, np.uint64).reshape(-1, 3))
         for row in rows:
@@ -194,16 +195,16 @@ def chosen(found: Iterable[Found]) -> list[Found]:
     return [best[key] for key in sorted(best)]
 
 
-def place(plan: Plan, part: int, ordinal: int) -> Any:
+def place(plan: Plan, part: int, parts: int, ordinal: int) -> Path:
     """The folder of a pass's findings of a unit."""
-    return plan.work / "duplicates" / f"pass-{part:04d}" / f"{ordinal:06d}"
+    return plan.work / "duplicates" / f"pass-{part:04d}-of-{parts:04d}" / f"{ordinal:06d}"
 
 
 def gone(plan: Plan, parts: int, ordinal: int) -> list[Found]:
     """All that goes of a unit, over the passes."""
     found: list[Found] = []
     for part in range(parts):
-        file = place(plan, part, ordinal) / "gone.npz"
+        file = place(plan, part, parts, ordinal) / "gone.npz"
         if file.exists():
             found += (Found(*map(int, row)) for row in work.read_arrays(file)["gone"])
     return chosen(found)
@@ -221,5 +222,5 @@ def find(
         | "meet" >> beam.GroupByKey()
         | "compare" >> beam.ParDo(Compare(plan.duplicates))
         | "by unit" >> beam.GroupByKey()
-        | "write" >> beam.ParDo(Write(plan, part))
+        | "write" >> beam.ParDo(Write(plan, part, parts))
     )

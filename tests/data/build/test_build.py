@@ -154,10 +154,6 @@ def test_two_builds_are_the_same_bytes_and_a_done_one_is_left_alone(tmp_path, co
     assert files(one) == files(two)
 
 
-class Killed(BaseException):
-    pass
-
-
 SLOW = [pytest.param(moment, marks=pytest.mark.slow) for moment in ("read", "list")]
 
 
@@ -196,6 +192,24 @@ def test_a_build_that_breaks_off_goes_on_to_the_same_bytes(
     assert files(broken) == files(whole)
     assert len(calls) == 2
     assert done or moment == "read"
+
+
+def test_passes_may_change_after_a_break(tmp_path, collections, monkeypatch):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    build(plan(whole, collections))
+    with monkeypatch.context() as patch:
+        real = pipeline.duplicates.find
+
+        def find(beam, plan, units, part, parts):
+            if part == 2:
+                raise OSError("full")
+            real(beam, plan, units, part, parts)
+
+        patch.setattr(pipeline.duplicates, "find", find)
+        with pytest.raises(OSError, match="full"):
+            build(plan(broken, collections, duplicates=Duplicates(pass_records=9)))
+    build(plan(broken, collections, duplicates=Duplicates(pass_records=17)))
+    assert files(broken) == files(whole)
 
 
 @pytest.mark.slow

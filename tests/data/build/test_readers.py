@@ -188,6 +188,13 @@ def test_chinese_clips_tables(tmp_path, monkeypatch):
     for size in (1, 7, 100, 5000):  # wherever the units are cut, each line is read once
         monkeypatch.setattr(tsv64, "UNIT_BYTES", size)
         assert read("tsv64", file, language="zh") == whole
+    monkeypatch.setattr(base, "TEXT_BYTES", 60)
+    made.tsv64(tmp_path, [], [b'{"text": "' + b"x" * 500 + b'"}', lines[1]])
+    assert reasons(read("tsv64", file)) == []  # no image, no unit
+    made.tsv64(tmp_path, [(3, images[3])], [b'{"text": "' + b"x" * 500 + b'"}', lines[1]])
+    found = read("tsv64", file)
+    assert reasons(found) == [("all_texts.jsonl#line 1", "damaged text")]
+    assert texts(found[-1]) == [("second cat", "en")]
     (tmp_path / "all_texts.jsonl").unlink()
     with pytest.raises(UserError, match=r"all_texts\.jsonl: no such file"):
         read("tsv64", file)

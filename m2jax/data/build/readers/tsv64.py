@@ -79,7 +79,11 @@ def _index(index: sqlite3.Connection, file: Path) -> list[Rejected]:
 
     def rows() -> Iterator[tuple[str, int, str]]:
         with file.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
+            for number, line in enumerate(iter(lambda: lines.readline(base.TEXT_BYTES), b""), 1):
+                if len(line) == base.TEXT_BYTES and not line.endswith(b"\n"):
+                    _skip_line(lines)
+                    bad.append(Rejected(f"{file.name}#line {number}", "damaged text", "too long"))
+                    continue
                 try:
                     found = json.loads(line)
                     ids, text = found["image_ids"], found["text"]
