@@ -11,12 +11,13 @@ from typing import Any
 from grain.sources import ArrayRecordDataSource
 
 from m2jax.config import UserError
-from m2jax.data.build import records
+from m2jax.data.build import records, work
 from m2jax.data.build.records import Record
 from m2jax.data.image import open_image
 from m2jax.data.pairs import Pair
 
 PATTERN = "*.array_record*"
+MANIFEST = "manifest.json"  # of the build
 
 
 class ShardPairs:
@@ -36,9 +37,11 @@ class ShardPairs:
         try:
             self._source: Any = ArrayRecordDataSource([str(file) for file in self.files])
             self._rows = len(self._source)
+            _compare(self.files, self._rows)
         except Exception as error:  # the library raises what C++ threw
+            why = str(error) or type(error).__name__
             raise UserError(
-                f"{self.files[0]} ...: unreadable shards ({error}): copy them again"
+                f"{self.files[0]} ...: unreadable shards ({why}): copy them again"
             ) from error
 
     def __len__(self) -> int:
@@ -74,6 +77,23 @@ class ShardPairs:
                 texts[caption.language] = (*said, caption.text)
         image = open_image(io.BytesIO(record.image), record.key, at_least=self._at_least)
         return Pair(image, texts)
+
+
+def _compare(files: Sequence[Path], rows: int) -> None:
+    """Holds the rows against the manifest's, where one lies beside each file.
+
+    ArrayRecord takes a file that was cut off for an empty one.
+    """
+    expected = 0
+    for file in files:
+        manifest = file.parent / MANIFEST
+        stated = work.read_json(manifest)["shards"] if manifest.is_file() else []
+        count = {shard["file"]: shard["records"] for shard in stated}.get(file.name)
+        if count is None:
+            return
+        expected += count
+    if rows != expected:
+        raise ValueError(f"{rows} records where the manifest has {expected}")
 
 
 def shard_files(paths: Sequence[Path]) -> list[Path]:

@@ -55,7 +55,7 @@ def test_a_build_is_training_data(tmp_path):
     batch = pair_batches(run, None).batch(0, slice(0, 8))
     assert batch["image"].shape == (8, 1, 16, 16, 4)
     assert batch["text_mask"].any(axis=-1).all()
-    assert len(manifest.read(tmp_path / "out")["shards"]) == 2
+    (one, two) = manifest.read(tmp_path / "out")["shards"]
     by_file = experiment(
         name="shards",
         files=(str(tmp_path / "out" / "m2jax_pairs*"),),
@@ -63,6 +63,15 @@ def test_a_build_is_training_data(tmp_path):
     )
     again = pair_batches(by_file, None).batch(0, slice(0, 8))
     np.testing.assert_array_equal(again["image"], batch["image"])
+    assert len(ShardPairs([tmp_path / "out" / one["file"]])) == one["records"]
+    file = tmp_path / "out" / two["file"]
+    file.write_bytes(file.read_bytes()[:-65536])
+    with pytest.raises(UserError, match="unreadable shards"):
+        pair_batches(run, None)
+    with work.records(file):
+        pass
+    with pytest.raises(UserError, match=f"{one['records']} records where the manifest has 12"):
+        pair_batches(run, None)
 
 
 def test_pictures_and_texts_of_a_record_belong_together(tmp_path):

@@ -64,14 +64,12 @@ def list_unit(plan: Plan, ordinal: int, unit: Unit, parts: int) -> Listed:
 def _list(plan: Plan, ordinal: int, unit: Unit, parts: int, folder: Path) -> None:
     source = plan.sources[unit.source]
     counts: collections.Counter[str] = collections.Counter()
-    file, rows = _kept(plan, ordinal, parts)
-    reader = work.Reader(file)
+    reader, rows = _kept(plan, ordinal, parts)
     found: list[tuple[int, int, int]] = []
     for first in range(0, len(rows), work.CHUNK):
-        numbers = list(range(first, min(first + work.CHUNK, len(rows))))
-        places = numbers if plan.scoring.model else [rows[n] for n in numbers]
+        places = rows[first : first + work.CHUNK]
         for at, data in zip(places, reader.at(places), strict=True):
-            key = decode(data, f"{file}: {at}").key
+            key = decode(data, f"unit {ordinal}: {at}").key
             copies = _copies(plan.seed, key, source.weight)
             counts[THINNED] += copies == 0
             counts[COPIES] += max(0, copies - 1)
@@ -90,17 +88,13 @@ def _list(plan: Plan, ordinal: int, unit: Unit, parts: int, folder: Path) -> Non
     work.write_json(folder / stage_read.COUNTS, {**counts, "rows": len(listed)})
 
 
-def _kept(plan: Plan, ordinal: int, parts: int) -> tuple[Path, list[int]]:
-    """The file that holds a unit's records, and the rows of the unit that are left."""
+def _kept(plan: Plan, ordinal: int, parts: int) -> tuple[work.Reader, list[int]]:
+    """What holds a unit's records, and the places in it of those that are left."""
     if plan.scoring.model:
-        folder = stage_score.place(plan, ordinal)
-        rows = work.read_arrays(folder / stage_score.KEPT)["rows"]
-        return folder / stage_score.RECORDS, [int(row) for row in rows]
-    file = stage_read.place(plan, ordinal) / stage_read.RECORDS
-    reader = work.Reader(file)
-    count = len(reader)
-    reader.close()
-    return file, left(count, duplicates.gone(plan, parts, ordinal))
+        reader = stage_score.reader(plan, ordinal)
+        return reader, list(range(len(reader)))
+    reader = stage_read.reader(plan, ordinal)
+    return reader, left(len(reader), duplicates.gone(plan, parts, ordinal))
 
 
 def _keys(plan: Plan, ranks: set[int]) -> dict[int, str]:
@@ -110,12 +104,11 @@ def _keys(plan: Plan, ranks: set[int]) -> dict[int, str]:
         rows[rank >> 32].append(rank & 0xFFFFFFFF)
     keys: dict[int, str] = {}
     for ordinal, wanted in rows.items():
-        file = stage_read.place(plan, ordinal) / stage_read.RECORDS
-        reader = work.Reader(file)
+        reader = stage_read.reader(plan, ordinal)
         for first in range(0, len(wanted), work.CHUNK):
             part = wanted[first : first + work.CHUNK]
             for row, data in zip(part, reader.at(part), strict=True):
-                keys[duplicates.rank(ordinal, row)] = decode(data, f"{file}: {row}").key
+                keys[duplicates.rank(ordinal, row)] = decode(data, f"unit {ordinal}: {row}").key
         reader.close()
     return keys
 
@@ -207,7 +200,7 @@ def _reader(
     """The records of a unit, from the readers that are open."""
     if ordinal not in readers:
         stage = stage_score if plan.scoring.model else stage_read
-        readers[ordinal] = work.Reader(stage.place(plan, ordinal) / stage.RECORDS)
+        readers[ordinal] = stage.reader(plan, ordinal)
     readers.move_to_end(ordinal)
     while len(readers) > OPEN_READERS:
         readers.popitem(last=False)[1].close()

@@ -29,6 +29,16 @@ def place(plan: Plan, ordinal: int) -> Path:
     return plan.work / "read" / f"{ordinal:06d}"
 
 
+def reader(plan: Plan, ordinal: int) -> work.Reader:
+    """The records of a unit.
+
+    Raises:
+        UserError: there are fewer than were written.
+    """
+    folder = place(plan, ordinal)
+    return work.Reader(folder / RECORDS, work.read_json(folder / COUNTS).get(PASSED, 0))
+
+
 def read_unit(plan: Plan, ordinal: int, unit: Unit) -> dict[str, int]:
     """Reads a unit, unless that was done before.
 

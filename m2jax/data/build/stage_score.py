@@ -62,6 +62,16 @@ def place(plan: Plan, ordinal: int) -> Path:
     return plan.work / "score" / f"{ordinal:06d}"
 
 
+def reader(plan: Plan, ordinal: int) -> work.Reader:
+    """The records of a unit that are left.
+
+    Raises:
+        UserError: there are fewer than were written.
+    """
+    folder = place(plan, ordinal)
+    return work.Reader(folder / RECORDS, len(work.read_arrays(folder / KEPT)["rows"]))
+
+
 def score_unit(plan: Plan, models: Models, ordinal: int, parts: int) -> dict[str, int]:
     """Scores what is left of a unit, unless that was done before; returns counts by reason."""
     target = place(plan, ordinal)
@@ -75,7 +85,7 @@ def _fill(plan: Plan, models: Models, ordinal: int, parts: int, folder: Path) ->
     assert models.scorer is not None  # the pipeline has this stage only where there is one
     scorer = models.scorer()
     rewriter = models.rewriter() if models.rewriter else None
-    reader = work.Reader(stage_read.place(plan, ordinal) / stage_read.RECORDS)
+    reader = stage_read.reader(plan, ordinal)
     rows = left(len(reader), duplicates.gone(plan, parts, ordinal))
     counts: collections.Counter[str] = collections.Counter()
     kept: list[int] = []

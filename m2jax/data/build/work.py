@@ -54,14 +54,21 @@ def records(file: Path) -> Iterator[array_record_module.ArrayRecordWriter]:
 class Reader:
     """The records of a file, read at random.
 
+    Args:
+        file: the file.
+        records: how many it must hold; -1: not known. A damaged file reads as an empty one.
+
     Raises:
-        UserError: the file is damaged.
+        UserError: the file is missing or damaged.
     """
 
-    def __init__(self, file: Path) -> None:
-        self._file = file
+    def __init__(self, file: Path, records: int = -1) -> None:
         try:
+            if not file.is_file():
+                raise FileNotFoundError("no such file")
             self._reader = array_record_module.ArrayRecordReader(str(file))
+            if records not in (-1, len(self)):
+                raise ValueError(f"{len(self)} records of {records}")
         except Exception as error:  # the library raises what C++ threw
             raise UserError(f"{file}: unreadable ({error}): start the build anew") from error
 
