@@ -187,6 +187,13 @@ def captioned(record: Record, limits: Limits) -> Iterator[Record | Rejected]:
     yield record.with_captions(tuple(kept))
 
 
+def alike(record: Record, limits: Limits) -> Record:
+    """A record of an evaluation set with captions as those it is compared with: none is dropped."""
+    captions = (normalised(caption.text) for caption in record.captions)
+    scripted = (in_script(t, limits.script) if HAN.search(t) else t for t in captions)
+    return record.with_captions(tuple(Caption(text) for text in scripted))
+
+
 def _parts(found: str) -> tuple[str, str]:
     """Reason and detail."""
     reason, _, detail = found.partition(": ")
@@ -199,7 +206,7 @@ def checked(record: Record, limits: Limits, *, texts: bool = True) -> Iterator[L
     Args:
         record: as a reader gave it.
         limits: to keep to.
-        texts: ask about captions too; evaluation sets are taken as they are.
+        texts: ask about captions too; evaluation sets lose none, whatever theirs are.
     """
     looked = decoded(record)
     if isinstance(looked, Rejected):
@@ -210,7 +217,7 @@ def checked(record: Record, limits: Limits, *, texts: bool = True) -> Iterator[L
             yield Rejected(record.key, *_parts(found))
             return
     if not texts:
-        yield looked
+        yield looked._replace(record=alike(record, limits))
         return
     for found in captioned(record, limits):
         yield found if isinstance(found, Rejected) else Looked(found, looked.image)

@@ -219,3 +219,18 @@ def test_the_join_finds_each_kind_whatever_the_passes(tmp_path, parts):
         (2, EVALUATION_IMAGE, 0),
         (3, EVALUATION_TEXT, 0),
     ]  # the fifth has the image of the first with another text, and stays
+
+
+@pytest.mark.parametrize(("near", "gone"), [("text", {1}), ("image", {2}), ("none", set())])
+def test_alike_may_be_the_text_alone_or_the_image_alone(tmp_path, near, gone):
+    rng = np.random.default_rng(1)
+    images = rng.integers(0, 256, (3, 32), np.uint8)
+    texts = rng.integers(0, 256, (3, 64), np.uint8)
+    images[2], texts[1] = images[0], texts[0]
+    texts[1, :9] ^= 1  # 55 of 64 minima agree
+    images[2, :4] ^= 7  # 12 bits
+    plan = Plan(tmp_path, (Source("s", "tars", ()),), duplicates=Duplicates(near=near))
+    units_of(plan, [([1, 2, 3], images, texts, [])])
+    with beam.Pipeline() as pipeline:
+        duplicates.find(pipeline, plan, [(0, False)], 0, 1)
+    assert {found.rank for found in duplicates.gone(plan, 1, 0)} == gone

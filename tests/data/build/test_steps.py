@@ -162,11 +162,13 @@ def test_a_record_loses_bad_captions_and_goes_with_its_last():
     assert outcome(nothing) == ["no text"]
 
 
-def test_evaluation_sets_are_taken_as_they_are():
-    small = record(Image.new("RGB", (300, 8)), "x")
+def test_evaluation_sets_lose_nothing():
+    small = record(Image.new("RGB", (300, 8)), "x", "臺灣的一隻　貓")
     (found,) = steps.checked(small, LIMITS, texts=False)
     assert isinstance(found, Looked)
-    assert found.record == small
+    # Small and short, but in the script of what it is compared with.
+    assert found.record.captions == (Caption("x"), Caption("台湾的一只 猫"))
+    assert found.record.image == small.image
     (bad,) = steps.checked(record(b"x"), LIMITS, texts=False)
     assert bad.reason == "undecodable image"
 
