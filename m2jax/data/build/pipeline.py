@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -62,8 +63,8 @@ def build(
         raise UserError("--low-score rewrite: nothing to write with: name a --captioner")
     if (plan.out / manifest.MANIFEST).exists():
         return _built(plan)
+    units = plan_lib.units(plan)  # may refuse files, so it comes before anything is written
     _claim(plan, plan_lib.fingerprint(plan))
-    units = plan_lib.units(plan)
     say(f"build: {len(units)} units of work from {len(plan.sources)} sources")
     counts: dict[int, collections.Counter[str]] = {
         ordinal: collections.Counter() for ordinal in range(len(units))
@@ -113,7 +114,9 @@ def _claim(plan: Plan, mark: str) -> None:
                 f"--out {plan.out}: holds half of a build with other settings or inputs: remove it "
                 "or name another folder"
             )
-        work.write_json(file, mark)
+        temporary = file.with_suffix(".tmp")
+        work.write_json(temporary, mark)
+        temporary.replace(file)
     except (OSError, ValueError) as error:
         raise UserError(f"--out {plan.out}: {error}: choose another folder") from error
 
@@ -126,6 +129,7 @@ def _built(plan: Plan) -> dict[str, Any]:
     ours = [[source.name, [file.name for file in source.files]] for source in plan.sources]
     if any(found.get(key) != value for key, value in settings.items()) or names != ours:
         raise UserError(f"--out {plan.out}: holds another build: name another folder")
+    shutil.rmtree(plan.work, ignore_errors=True)  # left by a kill in the last moment
     return found
 
 

@@ -147,6 +147,7 @@ def test_two_builds_are_the_same_bytes_and_a_done_one_is_left_alone(tmp_path, co
     assert build(other) == first
     assert files(one) == files(two)
     before = {p: p.stat().st_mtime_ns for p in one.rglob("*")}
+    (one / ".work").mkdir()  # as a kill in the last moment leaves it
     assert build(plan(one, collections)) == first
     assert {p: p.stat().st_mtime_ns for p in one.rglob("*")} == before
     with pytest.raises(UserError, match="holds another build"):
@@ -310,6 +311,13 @@ def test_names_and_texts_that_are_no_unicode(tmp_path):
 def test_plans_that_cannot_be(tmp_path, collections, change, message):
     with pytest.raises(UserError, match=message):
         build(plan(tmp_path / "out", **{"sources": collections, **change}))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_is_refused_leaves_nothing_behind(tmp_path):
+    table = made.parquet(tmp_path / "t.parquet", [{"a": 1}])
+    with pytest.raises(UserError, match="needs one of"):
+        build(plan(tmp_path / "out", (Source("t", "parquet", (table,)),)))
     assert not (tmp_path / "out").exists()
 
 
