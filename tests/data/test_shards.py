@@ -2,6 +2,8 @@
 """Built shards and TFDS data sets as training data, and all sources in a Grain pipeline."""
 
 import pickle
+import subprocess
+import sys
 
 import grain
 import numpy as np
@@ -85,6 +87,13 @@ def test_pictures_and_texts_of_a_record_belong_together(tmp_path):
             expected = own_files.TOKENIZER([f"thing {number}", f"东西 {number}"])
             np.testing.assert_array_equal(batch["text"][row], expected.ids)
     assert seen == set(range(20))
+
+
+def test_training_needs_none_of_the_builds_libraries():
+    code = "import sys, m2jax.data.files, m2jax.bulk\n"
+    code += "print(sorted({'apache_beam', 'lmdb', 'opencc', 'py3langid'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "[]", done.stderr
 
 
 def test_of_several_captions_one_is_drawn(tmp_path):
