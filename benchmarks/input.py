@@ -8,8 +8,9 @@ Both sides read the same tars of JPEGs with captions (made here, from a fixed se
 decode, convert to RGB, PIL's bicubic resize to a square, tokenise the caption, stack ``--batch``
 rows of uint8 pixels and ids. webdataset reads its shards in order through its shuffle buffer, the
 way it is meant to; m2jax reads at random. One process, one core, in turn (m2jax, webdataset, m2jax
-with ``data.draft``, which webdataset has no word for, m2jax ...); then m2jax's whole loader on all
-cores, in threads and in worker processes; then the demo's own batches against what its step takes.
+with ``data.draft``, which webdataset has no word for, m2jax from ArrayRecord shards as a build
+writes them, m2jax with M2's training transform, m2jax ...); then m2jax's whole loader on all cores,
+in threads and in worker processes; then the demo's own batches against what its step takes.
 """
 
 import argparse
@@ -26,8 +27,11 @@ from PIL import Image
 
 from m2jax import config
 from m2jax.config_files import load_config
+from m2jax.data.build import work
+from m2jax.data.build.records import Caption, Record, encode
 from m2jax.data.image import Preprocess
 from m2jax.data.pairs import PairBatches
+from m2jax.data.shards import ShardPairs
 from m2jax.data.tars import TarPairs
 from m2jax.data.text import SentencePieceTokenizer, train_tokenizer
 
@@ -68,11 +72,26 @@ def write_tars(folder, count, size, *, per_tar=500):
     return files
 
 
-def ours(files, folder, args, tokenizer, *, draft=False):
+def as_shards(files):
+    """The same samples in one shard per tar."""
+    shards = [file.with_suffix(".array_record") for file in files]
+    for file, shard in zip(files, shards, strict=True):
+        with tarfile.open(file) as tar, work.records(shard) as out:
+            members = [(m.name, tar.extractfile(m).read()) for m in tar]
+            for (name, image), (_, text) in zip(members[::2], members[1::2], strict=True):
+                caption = Caption(text.decode(), "en")
+                out.write(encode(Record(name, image, (caption,), "made", "CC0")))
+    return shards
+
+
+def ours(files, folder, args, tokenizer, *, draft=False, shards=False, transform="none"):
     """An endless iterator of batches by m2jax, in this thread."""
-    cfg = config.Data(batch_size=args.batch, languages=("en",))
+    cfg = config.Data(batch_size=args.batch, languages=("en",), transform=transform)
     at_least = 2 * args.size if draft else 0
-    pairs = TarPairs(files, folder / "indices", language="en", at_least=at_least)
+    if shards:
+        pairs = ShardPairs(as_shards(files))
+    else:
+        pairs = TarPairs(files, folder / "indices", language="en", at_least=at_least)
     preprocess = Preprocess(args.size)
     source = PairBatches(
         {"tars": pairs}, [1.0], cfg, tokenizer=tokenizer, preprocess=preprocess, seed=0
@@ -120,6 +139,8 @@ def one_core(files, folder, args, tokenizer):
         "m2jax": ours(files, folder, args, tokenizer),
         "webdataset": theirs(files, args, tokenizer),
         "draft": ours(files, folder, args, tokenizer, draft=True),
+        "shards": ours(files, folder, args, tokenizer, shards=True),
+        "m2": ours(files, folder, args, tokenizer, transform="m2"),
     }
     found = {name: [] for name in sides}
     for _ in range(args.rounds):
@@ -181,8 +202,11 @@ def main():
     parser.add_argument("--batch", type=int, default=64)
     args = parser.parse_args()
     tokenizer = SentencePieceTokenizer(train_tokenizer([" ".join(WORDS)] * 9, 200), 32)
-    print("| JPEGs | to | m2jax / s | webdataset + PIL / s | m2jax / webdataset | data.draft / s |")
-    print("|---|---|---|---|---|---|")
+    print(
+        "| JPEGs | to | m2jax / s | webdataset + PIL / s | m2jax / webdataset | data.draft / s | "
+        "shards / s | M2's transform / s |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
     for source, size, count in SOURCES:
         args.size = size
         with tempfile.TemporaryDirectory() as name:
@@ -191,7 +215,8 @@ def main():
             one = one_core(files, folder, args, tokenizer)
             print(
                 f"| {source[0]} x {source[1]} | {size} | {one['m2jax']:,.0f} | "
-                f"{one['webdataset']:,.0f} | {one['ratio']:.2f} | {one['draft']:,.0f} |",
+                f"{one['webdataset']:,.0f} | {one['ratio']:.2f} | {one['draft']:,.0f} | "
+                f"{one['shards']:,.0f} | {one['m2']:,.0f} |",
                 flush=True,
             )
             if size != 224 or source[0] != 256:

@@ -73,20 +73,22 @@ class Part:
     """One source of a mixture."""
 
     name: str = ""  # what the log calls it
-    kind: str = "tsv"  # tsv | tars
-    files: tuple[str, ...] = ()  # paths, or patterns with *
+    kind: str = "tsv"  # tsv | tars | shards | tfds
+    files: tuple[str, ...] = ()  # paths, or patterns with *; shards, tfds: folders
+    split: str = "train"  # tfds alone
     weight: float = 1.0  # rows of it come in proportion to this
-    language: str = "en"  # of captions that do not say theirs: the .txt files of tars
+    language: str = "en"  # of captions that do not say theirs: .txt files of tars, TFDS columns
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
     """Where samples come from and how they become batches."""
 
-    name: str = "emoji"  # emoji | tsv | tars | mixture: a row of data.loader.SOURCES
-    files: tuple[str, ...] = ()  # tsv, tars: paths, or patterns with *
+    name: str = "emoji"  # emoji | tsv | tars | shards | tfds | ...: a row of data.loader.SOURCES
+    files: tuple[str, ...] = ()  # tsv, tars: paths, or patterns with *; shards, tfds: folders
+    split: str = "train"  # tfds alone
     mixture: tuple[Part, ...] = ()  # the sources of name="mixture"
-    language: str = "en"  # tars: of captions that do not say theirs
+    language: str = "en"  # tars, tfds: of captions that do not say theirs
     unreadable: str = "error"  # a damaged image or row ends the run (error) or is counted (skip)
     draft: bool = (
         False  # decode JPEGs at 1/2, 1/4 or 1/8 of their size, never below twice the model's
@@ -101,6 +103,7 @@ class Data:
     prefetch: int = 2  # batches prepared ahead of the step, each by its own thread
     workers: int = 0  # processes that prepare batches instead of threads of this one
     device_prefetch: int = 1  # batches put on the devices ahead of the step
+    transform: str = "none"  # of own pictures, by PIL: none | m2 (the release's for training)
     augment: Augment = field(default_factory=Augment)
 
 

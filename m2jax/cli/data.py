@@ -6,6 +6,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from m2jax.cli import build_shards
+
 
 def add_parser(subparsers: Any) -> None:
     """Declares the verb and its data sets."""
@@ -22,6 +24,7 @@ def add_parser(subparsers: Any) -> None:
     emoji.add_argument("--force", action="store_true", help="build again even if it is there")
     emoji.add_argument("--debug", action="store_true", help="show the traceback of an error")
     emoji.set_defaults(run=run)
+    build_shards.add_parser(sets)
 
 
 def run(args: argparse.Namespace) -> int:

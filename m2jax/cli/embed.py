@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``m2jax embed``: features of images or of texts, in one NumPy file."""
+"""``m2jax embed``: features of images or of texts in one NumPy file, or of whole shards."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ def add_parser(subparsers: Any) -> None:
     """Declares the verb."""
     parser = subparsers.add_parser(
         "embed",
-        help="write features of images or texts",
+        help="write features of images, texts or whole shards",
         description="Writes an .npz with features [n, dim] (float32, unit rows) and ids [n]: the "
-        "paths of the images, or the line numbers of the texts from 1.",
+        "paths of the images, or the line numbers of the texts from 1. With --shards, a folder "
+        "with a file of features per shard; started again, it goes on where it was.",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -31,8 +32,20 @@ def add_parser(subparsers: Any) -> None:
         "--images", nargs="+", type=Path, metavar="PATH", help="image files, or folders of them"
     )
     source.add_argument("--texts", type=Path, metavar="FILE", help="one text per line, UTF-8")
-    parser.add_argument("--out", required=True, type=Path, metavar="FILE.npz")
+    source.add_argument(
+        "--shards", nargs="+", metavar="GLOB", help="ArrayRecord shards of a build, or tars"
+    )
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE.npz|DIR")
     parser.add_argument("--batch-size", type=int, default=64, help="items at once (default: 64)")
+    shards = parser.add_argument_group("with --shards")
+    shards.add_argument("--format", default="parquet", help="parquet (default) or array_record")
+    shards.add_argument("--no-texts", action="store_true", help="features of the images alone")
+    shards.add_argument(
+        "--split", type=int, default=1, metavar="N", help="spread the parameters over N devices"
+    )
+    shards.add_argument(
+        "--part", default="1/1", metavar="I/N", help="the I-th of N equal shares of the shards"
+    )
     parser.set_defaults(run=run)
 
 
@@ -44,10 +57,12 @@ def run(args: argparse.Namespace) -> int:
     from m2jax.config import UserError
     from m2jax.dist.host import load_devices
 
-    if args.out.suffix != ".npz":
-        raise UserError(f"--out {args.out}: not an .npz file: end the name in .npz")
     if args.batch_size < 1:
         raise UserError(f"--batch-size {args.batch_size}: must be at least 1")
+    if args.shards:
+        return run_shards(args)
+    if args.out.suffix != ".npz":
+        raise UserError(f"--out {args.out}: not an .npz file: end the name in .npz")
     files.check_parent(args.out, "--out")
     items = image_files(args.images) if args.images else text_lines(args.texts)
     load_devices()
@@ -64,6 +79,45 @@ def run(args: argparse.Namespace) -> int:
     ids = [str(path) for path in items] if args.images else range(1, len(items) + 1)
     arrays = {"features": np.concatenate(features), "ids": np.array(ids)}
     files.write(args.out, lambda file: np.savez(file, **arrays))
+    return 0
+
+
+def run_shards(args: argparse.Namespace) -> int:
+    """Embeds shards into a folder."""
+    import glob
+
+    from m2jax import bulk
+    from m2jax.config import UserError
+    from m2jax.dist.host import load_devices
+
+    index, slash, count = args.part.partition("/")
+    fits = slash and index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)
+    if not fits:
+        raise UserError(f"--part {args.part}: write I/N with I from 1 to N")
+    if args.split < 1:
+        raise UserError(f"--split {args.split}: must be at least 1")
+    found = {path for words in args.shards for path in glob.glob(words)}
+    if not found:
+        raise UserError(f"--shards {' '.join(args.shards)}: no such file: check the pattern")
+    if args.out.exists() and not args.out.is_dir():
+        raise UserError(f"--out {args.out}: is a file: name a folder")
+    load_devices()
+    done = bulk.embed_shards(
+        args.model,
+        sorted(map(Path, found)),
+        args.out,
+        bulk.Options(
+            format=args.format,
+            batch=args.batch_size,
+            texts=not args.no_texts,
+            split=args.split,
+            part=(int(index) - 1, int(count)),
+        ),
+        say=lambda line: print(line, file=sys.stderr),
+    )
+    print(
+        f"{args.out}: {done.records:,} records of {done.shards} shards, {done.skipped} unreadable"
+    )
     return 0
 
 

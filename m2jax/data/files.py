@@ -13,13 +13,15 @@ from m2jax.data import glm
 from m2jax.data.home import data_home
 from m2jax.data.image import Preprocess
 from m2jax.data.pairs import PairBatches, Pairs
+from m2jax.data.shards import ShardPairs
 from m2jax.data.tars import TarPairs
 from m2jax.data.text import SentencePieceTokenizer, Tokenizer, tokenizer_from_dict
+from m2jax.data.tfds_pairs import TfdsPairs
 from m2jax.data.tsv import TsvPairs
 
 
 def pair_batches(experiment: Experiment, assets: Mapping[str, Any] | None) -> PairBatches:
-    """The batches of ``data.name`` tsv, tars or mixture.
+    """The batches of ``data.name`` tsv, tars, shards, tfds or mixture.
 
     Args:
         experiment: the run.
@@ -55,7 +57,9 @@ def pair_batches(experiment: Experiment, assets: Mapping[str, Any] | None) -> Pa
 
 def _alone(cfg: Data) -> Part:
     """The one source of a run without a mixture."""
-    return Part(name=cfg.name, kind=cfg.name, files=cfg.files, language=cfg.language)
+    return Part(
+        name=cfg.name, kind=cfg.name, files=cfg.files, language=cfg.language, split=cfg.split
+    )
 
 
 def _open(part: Part, cfg: Data, at_least: int) -> Pairs:
@@ -64,6 +68,12 @@ def _open(part: Part, cfg: Data, at_least: int) -> Pairs:
     if part.kind == "tars":
         cache = data_home(cfg.dir) / "indices"
         return TarPairs(files, cache, language=part.language, at_least=at_least)
+    if part.kind == "shards":
+        return ShardPairs(files, at_least=at_least)
+    if part.kind == "tfds":
+        return TfdsPairs(files, part.split, language=part.language, at_least=at_least)
+    if part.kind != "tsv":
+        raise UserError(f"data: kind {part.kind!r}: no such kind: tsv, tars, shards or tfds")
     if len(files) > 1:
         raise UserError(
             f"data.files: {len(files)} TSV files: join them, or use data.name=mixture with a part "

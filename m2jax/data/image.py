@@ -55,7 +55,7 @@ class Preprocess:
 
     def square(self, image: Image.Image) -> Image.Image:
         """One image as the RGB square whose values [0, 255] ``__call__`` scales to [0, 1]."""
-        rgb = self._rgb(image)
+        rgb = self.rgb(image)
         resample = Image.Resampling[self.resample.upper()]
         if not self.shortest:
             return rgb.resize((self.size, self.size), resample)
@@ -76,7 +76,8 @@ class Preprocess:
         odd_half = (side - self.size) / 2
         return math.floor(odd_half) if self.cut == "floor" else round(odd_half)
 
-    def _rgb(self, image: Image.Image) -> Image.Image:
+    def rgb(self, image: Image.Image) -> Image.Image:
+        """The image in RGB, transparency dropped or on white."""
         if self.background == "drop" or not image.has_transparency_data:
             return image if image.mode == "RGB" else image.convert("RGB")  # which would copy
         rgba = image.convert("RGBA")

@@ -51,6 +51,8 @@ SOURCES: dict[str, Callable[[Experiment, Assets | None], Source]] = {
     "emoji-scenes": _scenes,
     "tsv": _files,
     "tars": _files,
+    "shards": _files,
+    "tfds": _files,
     "mixture": _files,
 }
 

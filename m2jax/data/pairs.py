@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from m2jax.config import Data, UserError
+from m2jax.data import m2_transform
 from m2jax.data.image import Preprocess
 from m2jax.data.order import Order
 from m2jax.data.text import Tokenizer, tokenizer_from_dict
@@ -26,7 +27,7 @@ class Pair(NamedTuple):
     """One picture and what is said of it."""
 
     image: Image.Image
-    texts: Mapping[str, str]  # by language; no empty ones
+    texts: Mapping[str, str | tuple[str, ...]]  # by language, one or several; no empty ones
 
 
 @runtime_checkable
@@ -86,6 +87,9 @@ class PairBatches:
         for name, source in sources.items():
             if not len(source):
                 raise UserError(f"data: source {name!r} has no rows: name other files")
+        if cfg.transform not in m2_transform.TRANSFORMS:
+            known = ", ".join(m2_transform.TRANSFORMS)
+            raise UserError(f"data.transform={cfg.transform!r}: no such transform: one of {known}")
         self._order = Order([len(s) for s in self._sources], weights, seed)
         self.assets: dict[str, Any] = {
             "tokenizer": tokenizer.to_dict(),
@@ -142,7 +146,7 @@ class PairBatches:
             try:
                 pair = source.read(number)
                 texts = self._texts(pair.texts, place, f"row {number} of {self.parts[part]}")
-                square = self._preprocess.square(pair.image).convert("RGBA")
+                square = self._square(pair.image, place).convert("RGBA")
                 return Chosen(number, square, texts, skipped)
             except UserError:
                 if self._cfg.unreadable == "error":
@@ -152,18 +156,31 @@ class PairBatches:
             "look at that source; --config.data.unreadable=error shows the first reason"
         )
 
-    def _texts(self, texts: Mapping[str, str], place: int, where: str) -> tuple[str, ...]:
-        """One text per language of the run."""
+    def _square(self, image: Image.Image, place: int) -> Image.Image:
+        """The image as the model takes it, changed first where ``data.transform`` asks for it."""
+        if self._cfg.transform == "none":
+            return self._preprocess.square(image)
+        rng = np.random.default_rng((self._seed, 4, place))
+        return m2_transform.train_square(image, self._preprocess, rng)
+
+    def _texts(
+        self, texts: Mapping[str, str | tuple[str, ...]], place: int, where: str
+    ) -> tuple[str, ...]:
+        """One text per language of the run; of several in a language, one by lot."""
         chosen = []
         for number, language in enumerate(self._cfg.languages):
             if language == ANY and texts:
                 rng = np.random.default_rng((self._seed, 2, place, number))
-                chosen.append(texts[sorted(texts)[rng.integers(len(texts))]])
+                found = texts[sorted(texts)[rng.integers(len(texts))]]
             elif language in texts:
-                chosen.append(texts[language])
+                found = texts[language]
             else:
                 raise UserError(
                     f"{where}: has no text in {language!r} (but in {sorted(texts)}): add it, or "
                     "set data.languages=('any',)"
                 )
+            if isinstance(found, tuple):
+                rng = np.random.default_rng((self._seed, 3, place, number))
+                found = found[rng.integers(len(found))]
+            chosen.append(found)
         return tuple(chosen)
