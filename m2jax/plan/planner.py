@@ -130,10 +130,14 @@ def plan(
         model_flops=compiled.model_flops / len(machine.devices),
         contrastive=costs,
     )
-    return _account(result, compiled) if compiled.text else result
+    if not compiled.text:
+        return result
+    # Muon's products of whole matrices are made by every device.
+    copies = len(machine.devices) if experiment.optim.name == "muon" else result.mesh["model"]
+    return _account(result, compiled, copies=copies)
 
 
-def _account(result: Plan, compiled: Compiled) -> Plan:
+def _account(result: Plan, compiled: Compiled, *, copies: int = 1) -> Plan:
     """Counts FLOPs, bytes and seconds of a compiled program, and checks the counting."""
     module = hlo.parse(compiled.text)
     visits = list(loops.walk(module))
@@ -148,7 +152,7 @@ def _account(result: Plan, compiled: Compiled) -> Plan:
         compiled.model_flops / compiled.sized_flops,
         times.compute / times.floor,
     )
-    check(checks, copies=result.mesh.get("model", 1))
+    check(checks, copies=copies)
     return dataclasses.replace(
         result,
         flops=counted,
@@ -169,7 +173,7 @@ def check(checks: Checks, *, copies: int = 1) -> None:
 
     Args:
         checks: the ratios.
-        copies: devices that may do the same work (of the mesh axis ``model``).
+        copies: devices that may do the same work.
 
     Raises:
         HloError: the compiled program does much less or more than the trace (a loop's trips
