@@ -226,4 +226,3 @@ def test_figures_of_ratios_are_ratios_of_sums():
     examples = np.array([[[1, 2]], [[3, 3]], [[0, 5]]], np.float32)
     figure = figures.ratios(examples)
     assert figure.share.value == pytest.approx(4 / 10)
-    assert figures.mean(np.array([0.5, 0.7])).share.value == pytest.approx(0.6)
