@@ -95,13 +95,15 @@ def test_retrieval_in_every_protocol(tmp_path):
 
 
 class FakeRater:
-    """Finds the longest text the likeliest."""
+    """Finds likeliest the colour that it sees, but takes green for red."""
 
     languages = ("en",)
 
     def log_likelihood(self, images, texts, *, language):
-        assert len(images) == 1
-        return np.array([len(text) for text in texts], float)
+        [image] = images
+        seen = list(COLOURS.values()).index(image.convert("RGB").getpixel((0, 0)))
+        said = ("red", "red", "blue")[seen]
+        return np.array([float(said in text) for text in texts])
 
 
 def test_choosing_by_the_cosine_and_by_likelihood(tmp_path):
@@ -114,7 +116,7 @@ def test_choosing_by_the_cosine_and_by_likelihood(tmp_path):
     found = suites.score(ColourModel(), "choice", request(file, rater=FakeRater())).figures
     assert found["choice/colours/en/accuracy"].share.value == 1
     likely = found["choice/colours/en/accuracy_by_likelihood"].share.value
-    assert likely == pytest.approx(1 / 3)  # green is the longest
+    assert likely == pytest.approx(2 / 3)  # of any one picture read for all: 1 / 3
     assert found["baseline/chance/colours/en/accuracy"].share.value == pytest.approx(1 / 3)
 
 

@@ -43,6 +43,20 @@ def test_the_release_file_gives_pictures_captions_and_their_language(tmp_path):
     assert list(english.captions) == ["en"]
 
 
+def test_a_picture_on_several_lines_is_one_picture(tmp_path):
+    """As several its own captions would count as another's, and none could be found."""
+    file = lines(
+        tmp_path / "x.jsonl",
+        {"image": "b.png", "caption": "sea"},
+        {"image": "a.png", "caption": "dog"},
+        {"image": "./b.png", "caption": ["waves", "waves"]},  # what repeats counts as often
+    )
+    found = sets.read(Place(file))
+    assert isinstance(found, Captioned)
+    assert found.captions == {"en": [["sea", "waves", "waves"], ["dog"]]}
+    assert found.images.paths == [tmp_path / "b.png", tmp_path / "a.png"]  # pyright: ignore
+
+
 def test_lines_with_captions_in_two_languages_labels_or_questions(tmp_path):
     for name in ("a.png", "b.png"):
         save(tmp_path / name, "red")
