@@ -102,6 +102,8 @@ def _read_examples(path: Path) -> tuple[dict[str, np.ndarray], str]:
         return {}, ""
     try:
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+            if sum(member.file_size for member in file.zip.infolist()) > FILE_BYTES:
+                raise ValueError(f"unpacks to over {FILE_BYTES:,} bytes")
             rows = {key: file[key] for key in file.files}
         questions = str(rows.pop(QUESTIONS, ""))
         for key, row in rows.items():

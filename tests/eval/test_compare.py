@@ -269,6 +269,17 @@ def test_examples_that_are_no_ratios_are_refused(tmp_path, row):
     assert "\n" not in str(error.value)
 
 
+def test_examples_that_unpack_to_too_much_are_refused(tmp_path, monkeypatch):
+    file = tmp_path / "a.json"
+    file.write_text('{"x/a": 0.5}')
+    with compare.examples_file(file).open("wb") as out:
+        compare.write_examples(out, {"x/a": np.ones((100_000, 1, 2), np.float32)}, "q")
+    assert compare.examples_file(file).stat().st_size < 10_000
+    monkeypatch.setattr(compare, "FILE_BYTES", 100_000)
+    with pytest.raises(UserError, match="unpacks to over 100,000 bytes"):
+        compare.read(file)
+
+
 def test_no_change_of_a_byte_escapes(tmp_path):
     """Whatever is damaged: read as it was, or refused in a line; never a traceback."""
     file = tmp_path / "a.json"
