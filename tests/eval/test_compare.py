@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import itertools
 import time
 
 import numpy as np
@@ -81,6 +82,22 @@ def test_sign_flips_equal_scipys_permutation_test(values):
     assert found == pytest.approx(exact, rel=1e-9)
 
 
+def test_clusters_are_flipped_whole_and_weigh_as_they_count():
+    """Every exchange of the two models' answers to a picture, and the figures anew each time."""
+    rng = np.random.default_rng(4)
+    counts = rng.integers(1, 7, (8, 2))
+    a, b = (np.stack([rng.binomial(counts, p), counts], -1).astype(float) for p in (0.45, 0.55))
+    [found] = compare.compare(saved(figures.ratios(a)), saved(figures.ratios(b)))
+    gaps = []
+    for swapped in itertools.product([False, True], repeat=8):
+        exchanged = np.array(swapped)[:, None, None]
+        sums = [np.where(exchanged, *pair).sum(axis=0) for pair in ((b, a), (a, b))]
+        first, second = ((s[:, 0] / s[:, 1]).mean() for s in sums)
+        gaps.append(abs(second - first))
+    assert found.p == pytest.approx(np.mean(np.array(gaps) >= gaps[0] - 1e-9), abs=1e-12)
+    assert 0.01 < found.p < 0.5  # a case that can tell
+
+
 def test_drawn_flips_come_near_all_of_them(monkeypatch):
     values = np.random.default_rng(0).normal(0.4, 1, 12).round(1)
     exact = compare.sign_flip(values)
@@ -121,6 +138,8 @@ def test_a_model_that_is_always_right_or_always_wrong_is_compared(value):
             [found] = compare.compare(Saved(first, {}), Saved(second, {}))
             assert found.key == "x/f"
     assert set(figures.flat({"chance": figures.exactly(0.5)})) == {"chance"}
+    point = figures.Figure(metrics.Share(0.5, 0.5, 0.5))  # draws may all be alike elsewhere too
+    assert set(figures.flat({"f": point})) == {"f", "f_low", "f_high"}
     with pytest.raises(UserError, match="no figure in common"):
         compare.compare(Saved({"f": 1.0, "f_low": 0.9}, {}), Saved(figures.flat({"f": end}), {}))
 
