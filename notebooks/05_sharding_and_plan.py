@@ -16,7 +16,7 @@
 # %% [markdown]
 # # Sharding, and a plan of a pod that is not here
 #
-# Where each parameter of the 10-billion-parameter model lies on 256 devices, a loss that never
+# Where each parameter of the 10-billion-parameter model lies on 128 devices, a loss that never
 # holds the matrix of logits, and the real training step compiled for a TPU slice, all on this
 # CPU.
 

@@ -17,8 +17,8 @@ def add_parser(subparsers: Any) -> None:
         "compare",
         help="say which differences between two evaluations are real",
         description="Compares two files of `m2jax eval --json`. Figures whose examples lie beside "
-        "them (FILE.examples.npz) are compared example by example; p-values are corrected for the "
-        "number of figures.",
+        "them (FILE.examples.npz) are compared example by example, by an exact or permutation test "
+        "of their differences; p-values are corrected for the number of figures.",
         allow_abbrev=False,
     )
     parser.add_argument("a", type=Path, metavar="A.json")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,9 @@ readers (guessed from the path where not named):
   jsonl    one object per line: image, and caption | label | texts with right (and question)
   shards   webdataset tars ('a/*.tar'), or a folder as CLIP_benchmark writes it
   tfds     tfds:NAME as TFDS calls it, or the folder of one version (ArrayRecord files)
-  folder   one folder of images per class
+  folder   one folder of images per class, or such folders in one per split
   cub, dogs, cars, coco-count, coco-objects, vg-position, vg-interaction, vqa
+{split} in a path stands for --split, and for --train-split where a probe is trained
 """
 
 
@@ -51,6 +53,11 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--name", default="", help="of the data set in the names of figures")
     parser.add_argument("--split", default="", help="of the data set (default: the suite's)")
     parser.add_argument("--train-split", default="train", help="of probes (default: train)")
+    parser.add_argument(
+        "--train-data", type=Path, metavar="[READER:]PATH", help="of probes (default: --data)"
+    )
+    parser.add_argument("--epochs", type=int, help="of fine-tuning (10)")
+    parser.add_argument("--learning-rate", type=float, help="of fine-tuning, at its most (1e-4)")
     parser.add_argument("--languages", default="en,zh", help="comma-separated (default: en,zh)")
     parser.add_argument("--images", type=Path, metavar="DIR", help="where paths of images start")
     parser.add_argument(
@@ -113,12 +120,15 @@ def run(args: argparse.Namespace) -> int:
 
 def _request(args: argparse.Namespace, languages: tuple[str, ...]) -> Any:
     """What the suites over data sets are told; ``None`` for the others."""
+    from m2jax.config import UserError
     from m2jax.eval import suites
     from m2jax.eval.sets import names
     from m2jax.eval.sets.records import Place
 
     if args.suite not in suites.SUITES or not args.data:
         return None
+    if not re.fullmatch(r"[^/\s]*", args.name):
+        raise UserError(f"--name {args.name}: goes into names of figures: leave out / and spaces")
     data = Path(args.data)
     place = Place(
         data,
@@ -126,18 +136,39 @@ def _request(args: argparse.Namespace, languages: tuple[str, ...]) -> Any:
         language=languages[0] if len(languages) == 1 else "",
         images=args.images,
         names=names.read_classes(args.classes) if args.classes else None,
+        asked=bool(args.split),
     )
     return suites.Request(
-        args.name
-        or re.sub(r"[^\w.-]+", "-", data.stem.rpartition(":")[2]).strip("-")
-        or args.suite,
+        args.name or _name(data) or args.suite,
         place,
         train_split=args.train_split,
+        train_data=args.train_data,
+        recipe=_recipe(args),
         languages=languages,
         templates=names.read_templates(args.templates) if args.templates else {},
         batch=args.batch_size,
         show=True,
     )
+
+
+def _name(data: Path) -> str:
+    """A data set's name in those of figures: the last part of its path, v1.5 whole."""
+    name = data.name.rpartition(":")[2]
+    name = name.removesuffix(".jsonl").removesuffix(".tar")
+    return re.sub(r"[^\w.-]+", "-", name).strip("-")
+
+
+def _recipe(args: argparse.Namespace) -> Any:
+    """How fine-tuning trains."""
+    from m2jax.config import UserError
+    from m2jax.eval.finetune import Recipe
+
+    given = {"epochs": args.epochs, "learning_rate": args.learning_rate}
+    given = {key: value for key, value in given.items() if value is not None}
+    for key, value in given.items():
+        if not 0 < value < math.inf:
+            raise UserError(f"--{key.replace('_', '-')} {value}: must be above 0")
+    return Recipe(**given)
 
 
 def _write(args: argparse.Namespace, found: Any) -> None:

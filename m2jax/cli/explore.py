@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--model: given {len(args.model)} times: two stand side by side at most")
     if not 0 <= args.port < 2**16:
         raise UserError(f"--port {args.port}: no port: use 1024 to 65535")
-    explore_page.check()
+    explore_page.check(args.host, args.port)
     load_devices()
     gallery = explore.gather(args.images, [(path, bundle.load(path)) for path in args.model])
     with explore_page.served(gallery, host=args.host, port=args.port) as address:

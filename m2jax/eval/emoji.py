@@ -119,6 +119,8 @@ def summarise(scored: Scored) -> dict[str, Figure]:
             for k in KS:
                 found[f"retrieval/{where}/{way}_r{k}"] = figures.share(ranked[-1] < k)
         mean = metrics_lib.mean_recall(ranked, KS)
+        if mean.value in (0, 1):  # the bootstrap's ends are no interval there
+            mean = figures.at_an_end(mean.value, min(map(len, ranked)))
         found[f"retrieval/{where}/mean_recall"] = Figure(mean)
         sizes = scores.shape[1], scores.shape[0]  # what image->text and text->image rank
         by_chance = np.mean([baselines.chance(size, k) for size in sizes for k in KS])

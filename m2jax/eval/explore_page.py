@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -68,14 +69,33 @@ def served(gallery: Gallery, *, host: str = "127.0.0.1", port: int = 0) -> Itera
             page.close(verbose=False)
 
 
-def check() -> None:
-    """Says that Gradio is missing before any long work is done for the page.
+def check(host: str = "127.0.0.1", port: int = 0) -> None:
+    """Says what the page lacks before any long work is done for it.
+
+    Args:
+        host: the address to listen at.
+        port: the port; 0: any.
 
     Raises:
-        UserError: it is not installed.
+        UserError: Gradio is not installed, or nothing can listen there.
     """
     if importlib.util.find_spec("gradio") is None:
         raise UserError(MISSING)
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"--host {host}: {error}: use an address of this machine") from error
+    family, kind, protocol, _, address = found[0]
+    with socket.socket(family, kind, protocol) as tried:
+        # As the server will: a port that was left a moment ago is free.
+        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            tried.bind(address)
+        except OSError as error:
+            raise UserError(
+                f"--host {host} --port {port}: {error.strerror}: use an address of this machine "
+                "and a free port"
+            ) from error
 
 
 def _gradio() -> Any:

@@ -114,7 +114,7 @@ def train(
     if show:
         print(file=sys.stderr)
     if not np.isfinite(losses[-1]):
-        raise UserError("fine-tune: the loss is not a number: lower the learning rate")
+        raise UserError("fine-tune: the loss is not a number: lower --learning-rate")
     return Tuned(params["encoder"], params["head"], losses)
 
 

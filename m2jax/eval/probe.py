@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Linear probe: multinomial logistic regression on frozen features, fitted by L-BFGS.
 
-As Radford et al. 2021 (appendix A.3) probe CLIP: features as they are, L2 penalty on the weights
-and not on the bias, its strength chosen on a part of training that is held out, then all is used.
+As Radford et al. 2021 (appendix A.3) probe CLIP: no augmentation, L2 penalty on the weights and not
+on the bias, its strength chosen on a part of training that is held out, then all is used. Unlike
+there, features are those that retrieval ranks by, projected and of unit length: theirs are of the
+layer before the projection. Figures of the two are not of one test.
 """
 
 from __future__ import annotations

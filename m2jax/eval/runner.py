@@ -161,7 +161,8 @@ def check(suite: str, languages: Sequence[str], request: Request | None) -> None
     """Refuses what cannot be scored, before a model is loaded for it.
 
     Raises:
-        UserError: an unknown suite or language, or no data set where the suite needs one.
+        UserError: an unknown suite or language, no data set where the suite needs one, or one that
+            would give figures that say nothing.
     """
     if suite not in names():
         raise UserError(f"--suite {suite}: no such suite: use one of {', '.join(names())}")
@@ -170,6 +171,8 @@ def check(suite: str, languages: Sequence[str], request: Request | None) -> None
         raise UserError(f"--languages {sorted(unknown)[0]}: the suite has en and zh")
     if suite in suites.SUITES and request is None:
         raise UserError(f"--suite {suite}: scores a data set: name it with --data [READER:]PATH")
+    if request is not None and suite in suites.SUITES:
+        suites.check(suite, request)
 
 
 def run_suite(

@@ -10,9 +10,12 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -22,9 +25,22 @@ from m2jax.config import UserError
 from m2jax.eval import features, figures, finetune, probe, prompts, retrieval, sets, zero_shot
 from m2jax.eval.emoji import Encoder
 from m2jax.eval.figures import Figure
-from m2jax.eval.sets.records import Asked, Captioned, DataSet, Labelled, Place, Question
+from m2jax.eval.sets.records import (
+    Asked,
+    Captioned,
+    DataSet,
+    Files,
+    Images,
+    Labelled,
+    Place,
+    Question,
+)
+from m2jax.eval.sets.shards import Pictures
 
 Metrics = dict[str, Figure]
+
+WORDNET = r"n\d{8}"  # a folder of ImageNet, which no caption names
+NAMES = "give names with --classes FILE"
 
 
 @runtime_checkable
@@ -51,6 +67,8 @@ class Request:
     place: Place
     reader: str = ""  # of the suite; empty: what the place says
     train_split: str = "train"
+    train_data: Path | None = None  # of probes: where that lies, if not in the data set
+    recipe: finetune.Recipe | None = None  # of fine-tuning; its own if not given
     languages: Sequence[str] = ("en", "zh")
     templates: Mapping[str, Sequence[str]] = field(default_factory=dict)
     batch: int = 64
@@ -64,6 +82,9 @@ class Request:
 
 def zero_shot_protocol(model: Encoder, data: Labelled, request: Request) -> Metrics:
     """Every language that classes have names in, with its prompts."""
+    for name in (name for names in data.classes.values() for each in names for name in each):
+        if re.fullmatch(WORDNET, name):
+            raise UserError(f"zero-shot: class {name} is called by its number: {NAMES}")
     images = features.image_features(model, data.images, batch=request.batch, show=request.show)
     found: Metrics = {}
     for language in _languages(data.classes, request):
@@ -143,25 +164,28 @@ def _rated(rater: Rater, data: Asked, question: Question, language: str) -> np.n
 
 def probe_protocol(model: Encoder, data: Labelled, request: Request) -> Metrics:
     """Logistic regression on frozen features, its weight decay chosen on part of training."""
-    training = _training(data, request)
+    labels, training = _single(data), _training(data, request)
     train, test = (
         features.image_features(model, each.images, batch=request.batch, show=request.show)
         for each in (training, data)
     )
     classes = len(next(iter(data.classes.values())))
     fitted = probe.fit_best(train, _single(training), classes)
-    first = probe.ranks(fitted, test, _single(data))
-    found = _ranked(first, _single(data), classes)
+    found = _ranked(probe.ranks(fitted, test, labels), labels, classes)
     return _under(f"linear_probe/{request.name}", found)
 
 
 def finetune_protocol(model: Encoder, data: Labelled, request: Request) -> Metrics:
     """All of the image encoder trained with a linear head on top."""
-    training = _training(data, request)
+    labels, training = _single(data), _training(data, request)
     classes = len(next(iter(data.classes.values())))
-    tuned = finetune.train(model, training.images, _single(training), classes, show=request.show)
-    first = finetune.ranks(tuned, model, data.images, _single(data), batch=request.batch)
-    return _under(f"fine_tune/{request.name}", _ranked(first, _single(data), classes))
+    tuned = finetune.train(
+        *(model, training.images, _single(training), classes),
+        recipe=request.recipe,
+        show=request.show,
+    )
+    first = finetune.ranks(tuned, model, data.images, labels, batch=request.batch)
+    return _under(f"fine_tune/{request.name}", _ranked(first, labels, classes))
 
 
 class Suite(NamedTuple):
@@ -204,6 +228,7 @@ def score(model: Encoder, suite: str, request: Request) -> Scored:
     Raises:
         UserError: the data set cannot be read, or is of another kind than the suite asks about.
     """
+    check(suite, request)
     pairing = SUITES[suite]
     data = sets.read(request.place, request.reader or pairing.reader)
     if not isinstance(data, pairing.takes):
@@ -215,6 +240,29 @@ def score(model: Encoder, suite: str, request: Request) -> Scored:
     if not len(data.images):
         raise UserError(f"{request.place.path}: has no pictures: name another data set or split")
     return Scored(pairing.protocol(model, data, request), _digest(data))
+
+
+def check(suite: str, request: Request) -> None:
+    """Refuses what would give figures that say nothing, before any model or data set is read.
+
+    Raises:
+        UserError: a probe would be trained on its test, or ImageNet's classes have no names.
+    """
+    place, pairing = request.place, SUITES[suite]
+    if suite == "imagenet" and place.names is None:
+        raise UserError(f"--suite imagenet: its classes are called by number: {NAMES}")
+    if pairing.protocol not in (probe_protocol, finetune_protocol) or request.train_data:
+        return
+    if request.train_split == place.split:
+        raise UserError(
+            f"--train-split {place.split}: is the test itself: name another, or give --train-data"
+        )
+    for split in (place.split, request.train_split):
+        if not sets.has_split(place._replace(split=split), request.reader or pairing.reader):
+            raise UserError(
+                f"--suite {suite}: {place.path} has no split {split}: give --train-data PATH, or "
+                "write {split} where its name goes in --data"
+            )
 
 
 def _digest(data: DataSet) -> str:
@@ -241,15 +289,32 @@ def _languages(there: Mapping[str, object], request: Request) -> list[str]:
 
 
 def _training(data: Labelled, request: Request) -> Labelled:
-    """The training split, whose classes must be those of the test."""
-    place = request.place._replace(split=request.train_split)
+    """What is trained on: classes as in the test, and none of its pictures."""
+    place = request.place._replace(
+        split=request.train_split, path=request.train_data or request.place.path, asked=False
+    )
     training = sets.read(place, request.reader)
     if not isinstance(training, Labelled) or dict(training.classes) != dict(data.classes):
         raise UserError(
             f"--train-split {request.train_split}: classes of {place.path} differ from those of "
             f"{request.place.split}: give both the same"
         )
+    shared = sorted(_identities(training.images) & _identities(data.images))
+    if shared:
+        raise UserError(
+            f"{place.path}: trains on {len(shared):,} pictures of the test, such as {shared[0]}: "
+            "keep them apart"
+        )
     return training
+
+
+def _identities(images: Images) -> set[str]:
+    """What tells pictures apart without opening them; none where nothing does (TFDS)."""
+    if isinstance(images, Files):
+        return {os.path.abspath(path) for path in images.paths}
+    if isinstance(images, Pictures):
+        return {f"{os.path.abspath(m.file)}: byte {m.offset}" for m in images.members}
+    return set()
 
 
 def _single(data: Labelled) -> np.ndarray:

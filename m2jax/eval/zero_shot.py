@@ -79,8 +79,7 @@ def class_mean(right: Bool[np.ndarray, " images"], labels: Int[np.ndarray, " ima
         return shares.sum(axis=-1) / (drawn > 0).sum(axis=-1)
 
     value = float(mean(np.ones((1, len(labels))))[0])
-    drawn = metrics_lib.resampled([len(labels)], mean)
-    return Figure(metrics_lib.interval(value, drawn))
+    return figures.drawn(value, metrics_lib.resampled([len(labels)], mean), len(labels))
 
 
 def multi_label(
@@ -101,7 +100,7 @@ def multi_label(
         return np.nanmean(average_precision(scores, shown, times), axis=-1)
 
     drawn = metrics_lib.resampled([len(scores)], drawn_map, resamples=AP_DRAWS)
-    return {"map": Figure(metrics_lib.interval(value, drawn))}
+    return {"map": figures.drawn(value, drawn, len(scores))}
 
 
 def average_precision(
@@ -132,16 +131,20 @@ def average_precision(
 def choice(scores: Sequence[np.ndarray], questions: Sequence[Question]) -> dict[str, Figure]:
     """What is earned by taking each question's best text, and what guessing would earn.
 
-    Of equal scores the text that earns least is taken. ``accuracy`` is a share where each question
-    has one right text, else a mean of credits (VQA).
+    Of equal scores the text that earns least is taken. ``accuracy`` is the mean credit over
+    questions. Its examples are pictures: questions about one are no independent ones.
     """
     earned = np.empty(len(questions))
     for row, (values, question) in enumerate(zip(scores, questions, strict=True)):
         if not np.isfinite(values).all():
             raise UserError("evaluation: a score is not a number: the model is broken")
         earned[row] = np.asarray(question.credit)[values == values.max()].min()
-    shares = np.isin(earned, (0, 1)).all()
-    return {"accuracy": figures.share(earned == 1) if shares else figures.mean(earned)}
+    _, picture = np.unique([question.image for question in questions], return_inverse=True)
+    asked = np.bincount(picture)
+    if (asked == 1).all() and np.isin(earned, (0, 1)).all():
+        return {"accuracy": figures.share(earned[np.argsort(picture)] == 1)}
+    sums = np.stack([np.bincount(picture, earned), asked], axis=-1)
+    return {"accuracy": figures.ratios(sums[:, None].astype(np.float32))}
 
 
 def guessing(questions: Sequence[Question]) -> float:

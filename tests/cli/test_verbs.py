@@ -24,6 +24,7 @@ from m2jax.cli.main import main
 from m2jax.config import UserError
 from m2jax.config_files import load_config
 from m2jax.eval import compare, suites
+from m2jax.eval.finetune import Recipe
 
 Install = Callable[..., None]
 
@@ -155,6 +156,16 @@ def test_eval_hands_a_data_set_over_with_its_names(
     assert request.place.names == {"zh": [("猫",), ("狗",)]}
     assert request.place.split == "val"
     assert not compare.examples_file(out).exists()  # what lay there was not of this evaluation
+    assert request.place.asked
+    assert request.recipe == Recipe()
+    more = ["--epochs", "3", "--learning-rate", "1e-5", "--train-data", "b"]
+    assert main([*words[:-1], "sets/birds-v1.5", *more]) == 0
+    assert calls[-1].name == "birds-v1.5"
+    assert not calls[-1].place.asked
+    assert calls[-1].recipe == Recipe(epochs=3, learning_rate=1e-5)
+    assert calls[-1].train_data == Path("b")
+    for wrong in (["--epochs", "0"], ["--learning-rate", "nan"], ["--name", "a/b"]):
+        assert main([*words, *wrong]) == 2
     assert main([*words[:-1], "shards:a/*.tar", "--json", str(out)]) == 0
     assert calls[-1].name == "zero-shot"  # a pattern is no name
     assert main([*words, "--classes", str(tmp_path / "none.txt")]) == 2

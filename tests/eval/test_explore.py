@@ -128,6 +128,24 @@ def test_the_verb_needs_gradio_and_two_models_at_most(folder, monkeypatch, capsy
     assert 'pip install "m2jax[explore]"' in capsys.readouterr().err
 
 
+def test_an_address_that_cannot_be_listened_at_is_refused_before_the_work(
+    folder, monkeypatch, capsys
+):
+    """The page waited for ever for such a host, after the whole folder was encoded."""
+    monkeypatch.setattr(explore, "gather", lambda *asked: pytest.fail("encoded"))
+    words = ["explore", "--images", str(folder), "--model", "a"]
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        for more in (["--host", "203.0.113.7"], ["--host", "no.invalid"], ["--port", port]):
+            assert main([*words, *more]) == 2
+            said = capsys.readouterr().err
+            assert " ".join(more) in said
+            assert said.count("\n") == 1
+    explore_page.check("localhost")
+
+
 def test_interrupting_ends_the_waiting(monkeypatch):
     event = threading.Event()
     monkeypatch.setattr(event, "wait", lambda: (_ for _ in ()).throw(KeyboardInterrupt))

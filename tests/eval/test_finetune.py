@@ -2,6 +2,7 @@
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from m2jax.bundle import Bundle
 from m2jax.config import Model, UserError, resolve
@@ -47,6 +48,31 @@ def test_it_learns_and_leaves_the_model_as_it_was(bundle):
     assert again.losses == tuned.losses
 
 
+def test_pictures_are_flipped_left_to_right_and_never_upside_down(bundle, monkeypatch):
+    """A picture with red on its left and green on top: each flip is another picture."""
+    drawn = np.zeros((16, 16, 3), np.uint8)
+    drawn[:, :8, 0] = 255
+    drawn[:8, :, 1] = 255
+    images = Made(8, lambda row: Image.fromarray(drawn))
+    seen = []
+
+    def step(*made):
+        def run(params, state, pixels, labels):
+            seen.extend(np.array(pixels))
+            return params, state, 0.0
+
+        return run
+
+    monkeypatch.setattr(finetune, "_step", step)
+    finetune.train(bundle, images, np.arange(8) % 2, 2, recipe=Recipe(epochs=4, batch=4))
+    [plain] = bundle.preprocess([Image.fromarray(drawn)])
+    [mirrored] = bundle.preprocess([Image.fromarray(drawn[:, ::-1])])
+    kinds = [[np.array_equal(each, kind) for kind in (plain, mirrored)] for each in seen]
+    assert len(kinds) == 32
+    assert all(sum(kind) == 1 for kind in kinds)
+    assert 6 <= sum(kind[1] for kind in kinds) <= 26  # half of them, by chance
+
+
 @pytest.mark.parametrize("family", ["m2", "clip"])
 def test_all_that_makes_an_image_feature_moves_and_nothing_else(bundle, family):
     """Full fine-tuning. What makes a feature is asked of the gradient itself."""
@@ -80,5 +106,5 @@ def test_only_a_loaded_model_can_be_tuned(bundle, tmp_path):
     request = suites.Request("x", Place(tmp_path), batch=4)
     found = suites.score(bundle, "fine-tune", request).figures
     assert set(found) == {"fine_tune/x/top1", "fine_tune/x/mean_per_class"}
-    with pytest.raises(UserError, match="loss is not a number"):
+    with pytest.raises(UserError, match="lower --learning-rate"):
         finetune.train(bundle, images, labels, 3, recipe=Recipe(4, 6, learning_rate=1e30))

@@ -2,6 +2,7 @@
 """Each protocol on a small data set whose answers are known, from files to figures."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -58,16 +59,19 @@ def test_prompts_of_ones_own_are_used(folder):
 
 def test_several_labels_give_average_precision(tmp_path):
     rows = []
-    for number, (colour, label) in enumerate([("red", [0]), ("green", [1]), ("blue", [1, 2])]):
+    for number, (colour, label) in enumerate([("red", [0]), ("green", [1]), ("blue", [0, 2])]):
         save(tmp_path / f"{number}.png", colour)
         rows.append({"image": f"{number}.png", "label": label})
     given = {"en": [("red",), ("green",), ("blue",)]}
     file = lines(tmp_path / "x.jsonl", rows)
-    found = suites.score(ColourModel(), "zero-shot", request(file, names=given)).figures
-    # green ranks 1 of 2 right pictures first; of blue and red one is equally far: worked by hand
-    assert 0.5 < found["zero_shot/colours/en/map"].share.value <= 1
+    asked = request(file, names=given, templates={"en": ["{c}"]})
+    found = suites.score(ColourModel(), "zero-shot", asked).figures
+    # Cosines with red: the red picture 1, the green one 0.196, the blue one 0.187, so of the two
+    # that are right one is first and one third: (1/1 + 2/3) / 2. The other classes have one, first.
+    value = found["zero_shot/colours/en/map"].share.value
+    assert value == pytest.approx((5 / 6 + 1 + 1) / 3, abs=1e-9)
     with pytest.raises(UserError, match="use --suite zero-shot for mAP"):
-        suites.score(ColourModel(), "linear-probe", request(file, names=given, train_split="test"))
+        suites.score(ColourModel(), "linear-probe", request(file, names=given, train_data=file))
 
 
 def test_retrieval_in_every_protocol(tmp_path):
@@ -91,13 +95,15 @@ def test_retrieval_in_every_protocol(tmp_path):
 
 
 class FakeRater:
-    """Finds the longest text the likeliest."""
+    """Finds likeliest the colour that it sees, but takes green for red."""
 
     languages = ("en",)
 
     def log_likelihood(self, images, texts, *, language):
-        assert len(images) == 1
-        return np.array([len(text) for text in texts], float)
+        [image] = images
+        seen = list(COLOURS.values()).index(image.convert("RGB").getpixel((0, 0)))
+        said = ("red", "red", "blue")[seen]
+        return np.array([float(said in text) for text in texts])
 
 
 def test_choosing_by_the_cosine_and_by_likelihood(tmp_path):
@@ -110,7 +116,7 @@ def test_choosing_by_the_cosine_and_by_likelihood(tmp_path):
     found = suites.score(ColourModel(), "choice", request(file, rater=FakeRater())).figures
     assert found["choice/colours/en/accuracy"].share.value == 1
     likely = found["choice/colours/en/accuracy_by_likelihood"].share.value
-    assert likely == pytest.approx(1 / 3)  # green is the longest
+    assert likely == pytest.approx(2 / 3)  # of any one picture read for all: 1 / 3
     assert found["baseline/chance/colours/en/accuracy"].share.value == pytest.approx(1 / 3)
 
 
@@ -120,6 +126,56 @@ def test_the_linear_probe_learns_what_features_tell(folder):
     save(folder / "train" / "grey" / "0.png", "red")
     with pytest.raises(UserError, match="differ from those of test"):
         suites.score(ColourModel(), "linear-probe", request(folder))
+
+
+def labelled(tmp_path, name, numbers):
+    rows = []
+    for number in numbers:
+        colour = list(COLOURS)[number % 3]
+        save(tmp_path / f"{number}.png", colour)
+        rows.append({"image": f"{number}.png", "label": colour})
+    return lines(tmp_path / name, rows)
+
+
+@pytest.mark.parametrize("suite", ["linear-probe", "fine-tune"])
+def test_no_probe_is_trained_on_its_test(tmp_path, folder, suite):
+    """Each of these gave 100 % before: train and test were the same pictures."""
+    for colour in COLOURS:
+        save(tmp_path / "flat" / colour / "0.png", colour)
+    flat, file = tmp_path / "flat", labelled(tmp_path, "l.jsonl", range(6))
+    for path in (flat, file, f"jsonl:{file}", tmp_path / "*.tar"):
+        with pytest.raises(UserError, match=r"has no split test: give --train-data"):
+            suites.score(ColourModel(), suite, request(Path(path)))
+    with pytest.raises(UserError, match="--train-split test: is the test itself"):
+        suites.score(ColourModel(), suite, request(folder, train_split="test"))
+    again = labelled(tmp_path, "again.jsonl", range(5, 12))
+    with pytest.raises(UserError, match=r"trains on 1 pictures of the test, such as .*/5\.png"):
+        suites.score(ColourModel(), suite, request(file, train_data=again))
+    with pytest.raises(UserError, match="trains on 3 pictures of the test"):
+        suites.score(ColourModel(), suite, request(flat, train_data=tmp_path / "." / "flat"))
+
+
+def test_a_probe_takes_its_training_from_elsewhere(tmp_path):
+    labelled(tmp_path, "l-test.jsonl", range(6))
+    train = labelled(tmp_path, "l-train.jsonl", range(6, 18))
+    for asked in (
+        request(tmp_path / "l-{split}.jsonl"),
+        request(tmp_path / "l-test.jsonl", train_data=train),
+    ):
+        found = suites.score(ColourModel(), "linear-probe", asked).figures
+        assert found["linear_probe/colours/top1"].share.value == 1
+        assert len(found["linear_probe/colours/top1"].examples) == 6  # pyright: ignore
+
+
+def test_numbers_of_classes_are_no_names(tmp_path):
+    """Prompts such as "a picture of n01440764" give figures that say nothing."""
+    for name in ("n01440764", "n01443537"):
+        save(tmp_path / "val" / name / "0.png", "red")
+    with pytest.raises(UserError, match=r"called by number: give names with --classes FILE"):
+        runner.check("imagenet", ("en",), request(tmp_path))
+    asked = Request("x", Place(tmp_path, "val"))
+    with pytest.raises(UserError, match="n01440764 is called by its number"):
+        suites.score(ColourModel(), "zero-shot", asked)
 
 
 def test_a_suite_refuses_another_kind_of_data(folder, tmp_path):
@@ -172,4 +228,3 @@ def test_figures_of_ratios_are_ratios_of_sums():
     examples = np.array([[[1, 2]], [[3, 3]], [[0, 5]]], np.float32)
     figure = figures.ratios(examples)
     assert figure.share.value == pytest.approx(4 / 10)
-    assert figures.mean(np.array([0.5, 0.7])).share.value == pytest.approx(0.6)

@@ -116,6 +116,24 @@ def test_a_choice_earns_its_credit_and_a_tie_the_least():
         zero_shot.choice([np.array([np.nan, 1.0])], asked[:1])
 
 
+def test_questions_about_one_picture_are_one_example():
+    """Ten times the same question says nothing new: the interval must not get narrower."""
+    once = [Question(i, ["a", "b"], [1.0, 0.0]) for i in range(40)]
+    scores = [np.array([1.0, float(2 * (i % 4 == 0))]) for i in range(40)]
+    alone = zero_shot.choice(scores, once)["accuracy"]
+    many = zero_shot.choice(scores * 10, once * 10)["accuracy"]
+    assert many.share.value == alone.share.value == 0.75
+    assert many.examples is not None
+    assert many.examples.shape == (40, 1, 2)
+    widths = [each.share.high - each.share.low for each in (many, alone)]
+    assert widths[0] == pytest.approx(widths[1], rel=0.15)
+    # Of two pictures one has three questions, two of them answered.
+    asked = [Question(i, ["a", "b"], [1.0, 0.0]) for i in (7, 3, 7, 7)]
+    best = [np.array([1.0, 0.0])] * 3 + [np.array([0.0, 1.0])]
+    found = zero_shot.choice(best, asked)["accuracy"].examples
+    np.testing.assert_array_equal(found, [[[1, 1]], [[2, 3]]])
+
+
 def problem(seed=0, examples=300, dim=12, classes=4):
     rng = np.random.default_rng(seed)
     features = unit(rng.normal(size=(examples, dim)))

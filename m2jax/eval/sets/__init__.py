@@ -25,6 +25,8 @@ READERS: dict[str, Callable[[Place], DataSet]] = {
     "vqa": vqa.read,
 }
 
+SPLIT = "{split}"  # in a path
+
 
 def guess(path: Path) -> str:
     """The reader of a path that names none."""
@@ -43,16 +45,48 @@ def read(place: Place, reader: str = "") -> DataSet:
     """The data set at a place.
 
     Args:
-        place: where; ``READER:PATH`` there names its reader.
+        place: where; ``READER:PATH`` there names its reader, and ``{split}`` stands for the split.
         reader: the one of the suite; empty: what the path says or looks like.
 
     Raises:
-        UserError: no such reader, or the data set cannot be read.
+        UserError: no such reader, the data set cannot be read, or it keeps no splits apart although
+            one was asked for.
     """
+    if place.asked and not has_split(place, reader):
+        raise UserError(
+            f"--split {place.split}: {place.path} has no such split: leave the flag out, or write "
+            "{split} where its name goes in the path"
+        )
+    place, reader = _found(place, reader)
+    return READERS[reader](place)
+
+
+def has_split(place: Place, reader: str = "") -> bool:
+    """Whether the split of a place chooses what is read there, or is all that there is.
+
+    Args:
+        place: as for ``read``.
+        reader: as for ``read``.
+
+    Raises:
+        UserError: it names no data set.
+    """
+    if SPLIT in str(place.path):
+        return True
+    place, reader = _found(place, reader)
+    if reader in ("cub", "dogs", "cars"):
+        return place.split in ("train", "test")
+    if reader == "folder":
+        return (place.path / place.split).is_dir()
+    return reader != "jsonl" and (reader != "shards" or place.path.is_dir())
+
+
+def _found(place: Place, reader: str) -> tuple[Place, str]:
+    """A place with its path as it is opened, and its reader."""
     named, colon, rest = str(place.path).partition(":")
     if colon and named in READERS:
         reader, place = named, place._replace(path=Path(rest))
     if str(place.path) in ("", "."):
         raise UserError("--data: names no data set: write [READER:]PATH")
-    place = place._replace(path=place.path.expanduser())
-    return READERS[reader or guess(place.path)](place)
+    path = Path(str(place.path).replace(SPLIT, place.split)).expanduser()
+    return place._replace(path=path), reader or guess(path)

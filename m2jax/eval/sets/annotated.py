@@ -161,31 +161,41 @@ def _related(place: Place, answer: Any, ask: Any, *, agrees: bool) -> Asked:
     """Questions of ``relationships.json``: one per pair of things, in each language that can."""
     file = place.path / "relationships.json"
     chinese = (place.names or {}).get("zh")
-    files, found = list[Path](), {"en": list[Question](), "zh": list[Question]()}
+    found = {"en": list[Question](), "zh": list[Question]()}
+    files: dict[int, int] = {}  # of each image its place among those asked about
     try:
         for image in load_json(file):
             pairs = list(_pairs(image["relationships"], answer, agrees=agrees))
-            for first, second, true in pairs:
-                number = len(files)
-                rng = np.random.default_rng((SEED, int(image["image_id"]), number))
+            for order, (first, second, true) in enumerate(pairs):
+                number = files.setdefault(int(image["image_id"]), len(files))
+                seed = SEED, int(image["image_id"]), order
+                rng = np.random.default_rng(seed)
                 found["en"].append(ask(number, true, (first, second), "en", rng))
                 if isinstance(chinese, Mapping) and first in chinese and second in chinese:
                     names = chinese[first][0], chinese[second][0]
-                    rng = np.random.default_rng((SEED, int(image["image_id"]), number))
+                    rng = np.random.default_rng(seed)
                     found["zh"].append(ask(number, true, names, "zh", rng))
-                files.append(_vg_file(place, int(image["image_id"])))
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise UserError(f"{file}: no relationships file ({error!r}): copy it again") from error
-    return _asked(place, files, {lang: rows for lang, rows in found.items() if rows})
+    paths = [_vg_file(place, image) for image in files]
+    return _asked(place, paths, {lang: rows for lang, rows in found.items() if rows})
 
 
 def _pairs(rows: Any, answer: Any, *, agrees: bool) -> Iterator[tuple[str, str, str]]:
-    """Pairs of names with the one answer that holds for them."""
+    """Pairs of names with the one answer that holds for them.
+
+    A name that several boxes bear says of none which is meant: "the cup" of two.
+    """
+    boxes: dict[str, set[tuple[float, ...]]] = {}
+    for row in rows:
+        for thing in (row["subject"], row["object"]):
+            corner = tuple(float(thing[key]) for key in ("x", "y", "w", "h"))
+            boxes.setdefault(_name(thing), set()).add(corner)
     answers: dict[tuple[str, str], set[str]] = {}
     for row in rows:
         true = answer(row)
         pair = _name(row["subject"]), _name(row["object"])
-        if true and all(pair) and pair[0] != pair[1]:
+        if true and all(pair) and pair[0] != pair[1] and all(len(boxes[x]) == 1 for x in pair):
             placed = not agrees or _side(row["subject"], row["object"]) == true
             answers.setdefault(pair, set()).add(true if placed else "")
     for (first, second), given in sorted(answers.items()):

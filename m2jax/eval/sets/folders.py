@@ -28,7 +28,7 @@ def read(place: Place) -> Labelled:
         UserError: there are no such folders.
     """
     root = place.path / place.split
-    root = root if root.is_dir() else place.path
+    root = root if place.asked or root.is_dir() else place.path
     folders = sorted(p for p in root.glob("*") if p.is_dir() and not p.name.startswith("."))
     paths, labels = list[Path](), list[int]()
     for number, folder in enumerate(folders):

@@ -3,7 +3,8 @@
 
 One object per line with ``image``, a path relative to the file's folder (or to ``--images``), and
 
-- ``caption``: a list of texts, as the release has it; or an object of such lists by language;
+- ``caption``: a text or a list of texts, as the release has it; or an object of such lists by
+  language; lines of one image are taken together;
 - or ``label``: a class name, its number, or a list of either (then the set is multi-label);
 - or ``texts`` and ``right``: candidate answers, and the index of the true one; with ``question``
   the answers are asked about it.
@@ -92,7 +93,14 @@ def _captioned(place: Place, rows: Rows, files: list[Path]) -> Captioned:
         lists = [texts_of(row.get("caption"), where, "caption") for where, row in rows]
         language = place.language or records.language_of([text for each in lists for text in each])
         by_language[language] = lists
-    return Captioned(Files(files), by_language)
+    # One picture on several lines is one picture: each of its captions is right for it.
+    place_of: dict[Path, int] = {}
+    numbers = [place_of.setdefault(file, len(place_of)) for file in files]
+    merged = {language: [list[str]() for _ in place_of] for language in by_language}
+    for language, lists in by_language.items():
+        for number, texts in zip(numbers, lists, strict=True):
+            merged[language][number] += texts
+    return Captioned(Files(list(place_of)), merged)
 
 
 def _labelled(place: Place, rows: Rows, files: list[Path]) -> Labelled:

@@ -57,10 +57,19 @@ def read_templates(path: Path) -> Mapping[str, Sequence[str]]:
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         found = {records.language_of(lines): lines}
     for language, prompts in found.items():
-        good = isinstance(prompts, list) and prompts
-        if not good or not all(isinstance(p, str) and "{c}" in p for p in prompts):
-            raise UserError(f"--templates {path}: {language}: a prompt lacks {{c}}: mend it")
+        check_templates(prompts, f"--templates {path}: {language}")
     return found
+
+
+def check_templates(prompts: Any, where: str) -> None:
+    """Refuses prompts that would be the same for every class.
+
+    Raises:
+        UserError: they are no list of texts that each have a place for the name.
+    """
+    good = isinstance(prompts, list) and prompts
+    if not good or not all(isinstance(p, str) and "{c}" in p for p in prompts):
+        raise UserError(f"{where}: a prompt lacks {{c}}: mend it")
 
 
 def _text(path: Path, flag: str) -> str:

@@ -131,6 +131,7 @@ class Place(NamedTuple):
     language: str = ""  # of files that do not say theirs; empty: look at the texts
     images: Path | None = None  # the folder that relative paths of images start from
     names: ClassNames | None = None  # of classes, where the data set has none or others
+    asked: bool = False  # whether the split was asked for: a data set without it is then refused
 
 
 def inside(root: Path, name: object, where: str) -> Path:

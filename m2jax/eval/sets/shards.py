@@ -25,6 +25,7 @@ from m2jax.config import UserError
 from m2jax.data.image import open_image
 from m2jax.data.tars import IMAGE_BYTES, IMAGES, TEXT_BYTES
 from m2jax.eval.sets import records
+from m2jax.eval.sets.names import check_templates
 from m2jax.eval.sets.records import Captioned, DataSet, Labelled, Place
 
 LABELS = ("cls", "npy", "txt")
@@ -166,7 +167,10 @@ def _labelled(place: Place, images: Pictures, members: Sequence[Member], kind: s
     if wrong:
         raise UserError(f"{wrong[0]}: a class past the {count} named: mend it")
     keys = names or [str(number) for number in range(count)]
-    prompts = _text_lines(place.path / "zeroshot_classification_templates.txt")
+    file = place.path / "zeroshot_classification_templates.txt"
+    prompts = [line for line in _text_lines(file) if line]
+    if prompts:
+        check_templates(prompts, str(file))
     templates = {records.language_of(prompts): prompts} if prompts else {}
     return Labelled(images, labels, records.named(place, keys, names or None), templates, multi)
 

@@ -84,6 +84,23 @@ def test_visual_genome_asks_only_what_boxes_agree_with(tmp_path):
     assert question.texts[0] == "a man riding a horse."
     assert len(set(question.texts)) == 4
     assert acts.questions == sets.read(Place(tmp_path), "vg-interaction").questions  # fixed
+    assert len(acts.images) == 1
+    for row in rows[:2]:  # a second cup, elsewhere: of which is it said?
+        row["subject"] = box("cup", 0, 40 * rows.index(row))
+    rows.append({"predicate": "below", "subject": box("dog", 9, 90), "object": box("cat", 9, 5)})
+    rows.append({"predicate": "below", "subject": box("pan", 9, 90), "object": box("cat", 9, 5)})
+    rows[1]["object"] = box("bird", 50, 5)
+    file.write_text(json.dumps([{"image_id": 5, "relationships": rows}]))
+    found = sets.read(Place(tmp_path), "vg-position")
+    assert isinstance(found, Asked)
+    said = [(q.image, q.texts[q.credit.index(1)]) for q in found.questions["en"]]
+    assert said == [(0, "the dog is below the cat."), (0, "the pan is below the cat.")]
+    assert len(found.images) == 1  # it is read and encoded once
+    listed = [{"predicate": "on", "subject": [box("cup", 0, 0)], "object": box("cat", 0, 9)}]
+    for relationships in (listed, None):
+        file.write_text(json.dumps([{"image_id": 5, "relationships": relationships}]))
+        with pytest.raises(UserError, match="no relationships file"):
+            sets.read(Place(tmp_path), "vg-position")
     file.write_text('[{"image_id": 5}]')
     with pytest.raises(UserError, match="no relationships file"):
         sets.read(Place(tmp_path), "vg-position")

@@ -43,6 +43,20 @@ def test_the_release_file_gives_pictures_captions_and_their_language(tmp_path):
     assert list(english.captions) == ["en"]
 
 
+def test_a_picture_on_several_lines_is_one_picture(tmp_path):
+    """As several its own captions would count as another's, and none could be found."""
+    file = lines(
+        tmp_path / "x.jsonl",
+        {"image": "b.png", "caption": "sea"},
+        {"image": "a.png", "caption": "dog"},
+        {"image": "./b.png", "caption": ["waves", "waves"]},  # what repeats counts as often
+    )
+    found = sets.read(Place(file))
+    assert isinstance(found, Captioned)
+    assert found.captions == {"en": [["sea", "waves", "waves"], ["dog"]]}
+    assert found.images.paths == [tmp_path / "b.png", tmp_path / "a.png"]  # pyright: ignore
+
+
 def test_lines_with_captions_in_two_languages_labels_or_questions(tmp_path):
     for name in ("a.png", "b.png"):
         save(tmp_path / name, "red")
@@ -132,7 +146,10 @@ def test_benchmark_folders_of_each_type(tmp_path):
     tar(root / "test" / "1.tar", {"s1.png": blue, "s1.cls": b"0"})
     (root / "test" / "nshards.txt").write_text("2\n")
     (root / "classnames.txt").write_text("blue\nred\n")
-    (root / "zeroshot_classification_templates.txt").write_text("a {c} one\n")
+    (root / "zeroshot_classification_templates.txt").write_text("a one\n")
+    with pytest.raises(UserError, match=r"templates\.txt: a prompt lacks"):
+        sets.read(Place(root))
+    (root / "zeroshot_classification_templates.txt").write_text("a {c} one\n\n")
     found = sets.read(Place(root))
     assert isinstance(found, Labelled)
     assert found.labels == [frozenset([1]), frozenset([0])]
@@ -294,6 +311,18 @@ def test_names_and_prompts_of_ones_own(tmp_path):
     prompts.write_text("a photo\n")
     with pytest.raises(UserError, match="a prompt lacks"):
         names.read_templates(prompts)
+
+
+def test_a_split_that_was_asked_for_is_there_or_refused(tmp_path):
+    save(tmp_path / "a" / "x.png", "red")
+    file = lines(tmp_path / "val.jsonl", {"image": "a/x.png", "label": "dog"})
+    for path in (tmp_path, file, tmp_path / "*.tar"):
+        with pytest.raises(UserError, match=r"--split val: .* has no such split"):
+            sets.read(Place(path, "val", asked=True))
+    found = sets.read(Place(tmp_path / "{split}.jsonl", "val", asked=True))
+    assert isinstance(found, Labelled)
+    with pytest.raises(UserError, match=r"test\.jsonl: No such file"):
+        sets.read(Place(tmp_path / "{split}.jsonl", "test", asked=True))
 
 
 def test_a_path_names_its_reader(tmp_path):
