@@ -54,11 +54,16 @@ def perceptual_hash(image: Image.Image) -> UInt8[np.ndarray, " 32"]:
 
 
 def minhash(captions: Sequence[Caption]) -> UInt8[np.ndarray, " 64"]:
-    """MinHash of the captions' shingles of three characters, without case and punctuation."""
+    """MinHash of the captions' shingles of three characters, without case and punctuation.
+
+    Zeros where there is no text; ``jaccard`` finds such a record like no other.
+    """
     shingles: set[str] = set()
     for caption in captions:
-        text = plain(caption.text)
-        shingles |= {text[i : i + GRAMS] for i in range(max(1, len(text) - GRAMS + 1))}
+        if text := plain(caption.text):
+            shingles |= {text[i : i + GRAMS] for i in range(max(1, len(text) - GRAMS + 1))}
+    if not shingles:
+        return np.zeros(MINIMA, np.uint8)
     hashes = np.fromiter(map(_hash, sorted(shingles)), np.uint64, len(shingles))
     # Multiply-shift hashing: the upper bits of an odd multiple are as good as random.
     mixed = hashes[:, None] * _FACTORS + _OFFSETS
@@ -109,7 +114,11 @@ def distances(
 def jaccard(
     one: UInt8[np.ndarray, "n 64"], other: UInt8[np.ndarray, "n 64"]
 ) -> Float64[np.ndarray, " n"]:
-    """Estimated share of common shingles, pair by pair: minima that agree, less those by chance."""
+    """Estimated share of common shingles, pair by pair: minima that agree, less those by chance.
+
+    Two records without text share none.
+    """
     agree: Bool[np.ndarray, "n 64"] = one == other
     chance = 2.0**-8
-    return np.clip((agree.mean(axis=-1) - chance) / (1 - chance), 0.0, 1.0)
+    both = one.any(axis=-1) & other.any(axis=-1)  # say anything
+    return np.where(both, np.clip((agree.mean(axis=-1) - chance) / (1 - chance), 0.0, 1.0), 0.0)

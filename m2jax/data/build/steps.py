@@ -21,7 +21,8 @@ from PIL import Image
 from m2jax.data.build.records import Caption, Record, Rejected
 from m2jax.data.image import PIXEL_LIMIT, open_image
 
-FORMATS = ("JPEG", "PNG", "WEBP")
+FORMATS = ("JPEG", "PNG", "WEBP")  # no other parser sees the bytes
+OTHER_FORMATS = {b"GIF8": "GIF", b"BM": "BMP", b"II*\0": "TIFF", b"MM\0*": "TIFF"}
 LANGUAGES = ("en", "zh")
 HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f]")
 OTHER_SCRIPT = re.compile(r"[\u3040-\u30ff\u31f0-\u31ff\u1100-\u11ff\uac00-\ud7af]")  # kana, hangul
@@ -62,23 +63,34 @@ class ImageStep(Protocol):
 def decoded(record: Record) -> Looked | Rejected:
     """``decode``: the image decodes whole, is JPEG, PNG or WebP, and is no decompression bomb."""
     try:
-        with Image.open(io.BytesIO(record.image)) as image:  # reads the header alone
-            kind, size = image.format, image.size
+        # Reads the header alone. A JPEG with further pictures behind it opens too (PIL: "MPO").
+        with Image.open(io.BytesIO(record.image), formats=FORMATS) as image:
+            size = image.size
     except Image.DecompressionBombError as error:
         return Rejected(record.key, "decompression bomb", str(error))
     except Exception as error:  # parsers of damaged headers raise what they like
-        return Rejected(record.key, "undecodable image", _told(error))
+        if kind := _other_format(record.image):
+            return Rejected(record.key, "image format", f"{kind}: none of {', '.join(FORMATS)}")
+        return Rejected(record.key, "undecodable image", told(error))
     if size[0] * size[1] > PIXEL_LIMIT:
         return Rejected(record.key, "decompression bomb", f"{size[0]} x {size[1]} pixels")
-    if kind not in FORMATS:
-        return Rejected(record.key, "image format", f"{kind}: none of {', '.join(FORMATS)}")
     try:
-        return Looked(record, open_image(io.BytesIO(record.image), record.key))
+        found = open_image(io.BytesIO(record.image), record.key)
+        if found.has_transparency_data or found.mode != "RGB":  # fails without a palette
+            found.convert("RGB")  # as all who use it will
+        return Looked(record, found)
     except Exception as error:
-        return Rejected(record.key, "undecodable image", _told(error))
+        return Rejected(record.key, "undecodable image", told(error))
 
 
-def _told(error: Exception) -> str:
+def _other_format(data: bytes) -> str:
+    """The format of bytes that begin like an image nobody decodes here; "" for none."""
+    if data[4:8] == b"ftyp":
+        return "AVIF or HEIF"
+    return next((kind for start, kind in OTHER_FORMATS.items() if data.startswith(start)), "")
+
+
+def told(error: Exception) -> str:
     """What an error says, without addresses in memory: two builds must write the same."""
     return re.sub(r"<[^<>]* at 0x[0-9a-f]+>", "bytes", f"{type(error).__name__}: {error}")[:200]
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from m2jax.config import UserError
-from m2jax.data.build import manifest, plan, shards, work
+from m2jax.data.build import manifest, plan, shards, stage_read, work
 from m2jax.data.build.plan import Duplicates, Plan, Scoring
 from m2jax.data.build.readers import base
 from m2jax.data.build.readers.base import Source
@@ -138,7 +138,7 @@ def test_hashes_fall_into_one_shard_each(count, seed):
 
 @given(st.floats(0, 5), st.integers(0, 2**16))
 def test_copies_are_the_weight_on_average(weight, seed):
-    copies = [shards._copies(seed, f"k{n}", weight) for n in range(300)]
+    copies = [stage_read.copies(seed, f"k{n}", weight) for n in range(300)]
     assert set(copies) <= {int(weight), int(weight) + 1}
     assert abs(np.mean(copies) - weight) < 5 * 0.5 / 300**0.5
 

@@ -89,14 +89,15 @@ def inside(folder: Path, name: str) -> Path | None:
 
 def image_file(folder: Path, name: str, key: str) -> bytes | Rejected:
     """The bytes of an image that a table names."""
-    path = inside(folder, name)
-    if path is None:
-        return Rejected(key, "path outside", f"{name!r} leads out of {folder.name}")
     try:
+        path = inside(folder, name)
+        if path is None:
+            return Rejected(key, "path outside", f"{name!r} leads out of {folder.name}")
         if not path.is_file():
             return Rejected(key, "missing image", f"no file {name!r}")
         if path.stat().st_size > IMAGE_BYTES:
             return Rejected(key, "image too large", f"{path.stat().st_size:,} bytes")
         return path.read_bytes()
-    except OSError as error:
-        return Rejected(key, "missing image", f"{name!r}: {error.strerror}")
+    except (OSError, ValueError, RuntimeError) as error:  # names of lone surrogates, loops of links
+        why = error.strerror if isinstance(error, OSError) else "no file can be called so"
+        return Rejected(key, "missing image", f"{name!r:.200}: {why}")

@@ -19,6 +19,7 @@ from m2jax.config import UserError
 from m2jax.data.build.readers import base
 from m2jax.data.build.readers.base import Sample, Source, Unit
 from m2jax.data.build.records import Caption, Rejected
+from m2jax.data.text import well_formed
 
 IMAGES, TEXTS = "_imgs.tsv", "_texts.jsonl"
 UNIT_BYTES = 2**28  # of the first file
@@ -89,11 +90,13 @@ def _index(index: sqlite3.Connection, file: Path) -> list[Rejected]:
                     ids, text = found["image_ids"], found["text"]
                     if not isinstance(text, str) or not isinstance(ids, list):
                         raise TypeError("text and image_ids are of other kinds")
+                    names = [str(i) for i in ids]
+                    "".join(names).encode()  # SQLite takes no lone surrogates
                 except (ValueError, TypeError, KeyError, RecursionError) as error:
                     kind = "text not UTF-8" if isinstance(error, UnicodeError) else "damaged text"
                     bad.append(Rejected(f"{file.name}#line {number}", kind, str(error)[:200]))
                     continue
-                yield from ((str(i), number, text) for i in ids)
+                yield from ((one, number, well_formed(text)) for one in names)
 
     index.executemany("INSERT INTO texts VALUES (?, ?, ?)", rows())
     index.execute("CREATE INDEX by_image ON texts (image, place)")
