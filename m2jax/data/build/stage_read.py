@@ -60,13 +60,15 @@ def _fill(plan: Plan, unit: Unit, folder: Path) -> None:
     source = plan.sources[unit.source]
     counts: collections.Counter[str] = collections.Counter()
     marks = _Marks(plan.duplicates.evaluation_text)
+    # Files of one name in several folders must not give equal keys.
+    folder_of = f"{source.name}/{source.label(unit.file).removesuffix(unit.file.name)}"
     with (
         work.records(folder / RECORDS) as out,
         (folder / SET_ASIDE).open("w", encoding="utf-8") as aside,
     ):
         for found in readers.reader(source.kind).read(unit, source):
             counts[READ] += 1
-            for result in _results(plan, source, found, marks):
+            for result in _results(plan, source, found, marks, folder_of):
                 if isinstance(result, Rejected):
                     counts[result.reason] += 1
                     aside.write(line(result))
@@ -80,7 +82,7 @@ def _fill(plan: Plan, unit: Unit, folder: Path) -> None:
 
 
 def _results(
-    plan: Plan, source: Source, found: Sample | Rejected, marks: _Marks
+    plan: Plan, source: Source, found: Sample | Rejected, marks: _Marks, prefix: str
 ) -> Iterator[Record | Rejected | None]:
     """What becomes of a finding: at last a record, its rejection, or ``None`` where it is thinned.
 
@@ -88,9 +90,9 @@ def _results(
     as its duplicate.
     """
     if isinstance(found, Rejected):
-        yield Rejected(f"{source.name}/{found.key}", found.reason, found.detail)
+        yield Rejected(prefix + found.key, found.reason, found.detail)
         return
-    record = _record(found, source)
+    record = _record(found, source, prefix)
     if not source.evaluation and not copies(plan.seed, record.key, source.weight):
         yield None
         return
@@ -120,11 +122,11 @@ def copies(seed: int, key: str, weight: float) -> int:
     return whole + (lot < weight - whole)
 
 
-def _record(sample: Sample, source: Source) -> Record:
+def _record(sample: Sample, source: Source, prefix: str) -> Record:
     """A sample as a record; lone surrogates, which UTF-8 cannot hold, become question marks."""
     captions = (Caption(well_formed(c.text), c.language) for c in sample.captions)
     return Record(
-        well_formed(f"{source.name}/{sample.key}"),
+        well_formed(prefix + sample.key),
         sample.image,
         tuple(captions),
         source.name,

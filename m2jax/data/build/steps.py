@@ -25,7 +25,9 @@ FORMATS = ("JPEG", "PNG", "WEBP")  # no other parser sees the bytes
 OTHER_FORMATS = {b"GIF8": "GIF", b"BM": "BMP", b"II*\0": "TIFF", b"MM\0*": "TIFF"}
 LANGUAGES = ("en", "zh")
 HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f]")
-OTHER_SCRIPT = re.compile(r"[\u3040-\u30ff\u31f0-\u31ff\u1100-\u11ff\uac00-\ud7af]")  # kana, hangul
+KANA = re.compile(r"[\u3041-\u3096\u30a1-\u30fa\u30fc\u31f0-\u31ff]")
+HANGUL = re.compile(r"[\u1100-\u11ff\uac00-\ud7af]")
+FOREIGN = 4  # kana or hangul is Japanese or Korean from one letter in so many
 HIDDEN = re.compile(  # control characters, zero-width ones, marks of writing direction
     r"[\u0000-\u0008\u000b\u000c\u000e-\u001f\u007f-\u009f\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff]"
 )
@@ -120,16 +122,17 @@ def normalised(text: str) -> str:
 def identified(text: str) -> str:
     """``en``, ``zh``, or the code of another language ("und" where there is no letter).
 
-    Scripts decide first: kana or hangul is neither, and Han is Chinese where it is at least a fifth
-    of the letters (brand names stand in Latin script). Latin script is English unless the
-    classifier is sure of another language: it errs on short captions, and a lost English one costs
-    more.
+    Scripts decide first: kana or hangul is neither where it is a quarter of the letters (a single
+    "の" decorates Chinese too), and Han is Chinese where it is at least a fifth of them (brand
+    names stand in Latin script). Latin script is English unless the classifier is sure of another
+    language: it errs on short captions, and a lost English one costs more.
     """
     letters = sum(map(str.isalpha, text))
     if not letters:
         return "und"
-    if OTHER_SCRIPT.search(text):
-        return "ja" if re.search(r"[\u3040-\u30ff]", text) else "ko"
+    for script, language in ((KANA, "ja"), (HANGUL, "ko")):
+        if FOREIGN * len(script.findall(text)) >= letters:
+            return language
     if 5 * len(HAN.findall(text)) >= letters:
         return "zh"
     ranks = dict(_classifier().rank(text))
@@ -148,6 +151,12 @@ def _classifier() -> Any:
     return langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)
 
 
+def declared(code: str) -> str:
+    """The language that a code such as ``zh-Hans`` names, where it is one of ours; else ""."""
+    language = re.split("[-_]", code, maxsplit=1)[0].lower()
+    return language if language in LANGUAGES else ""
+
+
 def in_script(text: str, script: str) -> str:
     """Chinese text in simplified or traditional characters, by OpenCC's phrases."""
     return text if script == "keep" else _converter(script).convert(text)
@@ -161,11 +170,15 @@ def _converter(script: str) -> Any:
 
 
 def caption_steps(caption: Caption, limits: Limits) -> Caption | str:
-    """Normalises a caption, or gives the reason why it goes."""
+    """Normalises a caption, or gives the reason why it goes.
+
+    A caption that says it is English or Chinese is believed; others are identified.
+    """
     text = normalised(caption.text)
     if not text:
         return "no text"
-    language = identified(text)
+    language = declared(caption.language) if any(map(str.isalpha, text)) else "und"
+    language = language or identified(text)
     if language not in LANGUAGES:
         return f"language: {language}: {text[:60]!r}"
     if language == "zh":

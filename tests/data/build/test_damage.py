@@ -15,6 +15,7 @@ from PIL import Image
 
 from m2jax.config import UserError
 from m2jax.data.build import manifest, signatures, stage_read
+from m2jax.data.build.plan import Duplicates
 from m2jax.data.build.readers.base import Source
 from m2jax.data.build.records import Caption, Rejected
 from tests.data.build import collections_of as made
@@ -196,3 +197,14 @@ def test_what_is_thinned_away_takes_no_other_with_it(tmp_path):
     found = build(plan(tmp_path / "out", (one, one._replace(name="b", weight=1.0))))
     assert {r.source for r in read(tmp_path / "out")} == {"b"}
     assert found["counts"] == {"read": 16, "thinned by weight": 8}
+
+
+def test_files_of_one_name_have_keys_of_their_own(tmp_path):
+    files = [made.tars(tmp_path / folder, range(3))[0] for folder in ("a", "b/c")]
+    source = Source("web", "tars", tuple(files))
+    found = build(plan(tmp_path / "out", (source,), duplicates=Duplicates(near="none")))
+    keys = [f"web/{folder}/00000.tar#{n:05d}" for folder in ("a", "b/c") for n in range(3)]
+    text = (tmp_path / "out" / "set_aside" / "web.jsonl").read_text()
+    gone = [json.loads(line)["key"] for line in text.splitlines()]
+    assert sorted([*gone, *(r.key for r in read(tmp_path / "out"))]) == keys
+    assert found["sources"][0]["files"] == ["a/00000.tar", "b/c/00000.tar"]

@@ -111,6 +111,17 @@ def test_a_fingerprint_is_of_settings_and_inputs_alone(tmp_path):
     assert plan.fingerprint(one) != mark
 
 
+def test_a_fingerprint_knows_the_texts_beside_the_images(tmp_path):
+    source = Source("a", "tsv64", (made.tsv64(tmp_path, [(0, b"x")], [b"{}"]),))
+    before = plan.fingerprint(Plan(tmp_path / "out", (source,)))
+    made.tsv64(tmp_path, [], [b"{ }"])
+    (tmp_path / "all_imgs.tsv").touch()
+    os.utime(tmp_path / "all_texts.jsonl", (1, 1))
+    one = plan.fingerprint(Plan(tmp_path / "out", (source,)))
+    os.utime(tmp_path / "all_texts.jsonl", (9**10, 9**10))
+    assert len({before, one, plan.fingerprint(Plan(tmp_path / "out", (source,)))}) == 3
+
+
 def test_evaluation_comes_first_whatever_the_order(tmp_path):
     tars = made.tars(tmp_path, range(4), per_tar=2)
     sources = (

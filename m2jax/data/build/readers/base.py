@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +27,15 @@ class Source(NamedTuple):
     language: str = ""  # of captions that do not say theirs
     evaluation: bool = False  # what it shows is kept out of the shards, and so is it
 
+    def label(self, file: Path) -> str:
+        """What a file is called within the source: its path from the folder that all share."""
+        return file.absolute().relative_to(_shared(self.files)).as_posix()
+
+
+@functools.lru_cache(maxsize=64)
+def _shared(files: tuple[Path, ...]) -> str:
+    return os.path.commonpath([file.absolute().parent for file in files])
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -40,7 +51,7 @@ class Unit:
 class Sample:
     """What a reader found: not looked into yet."""
 
-    key: str  # within the source: FILE#PLACE
+    key: str  # FILE#PLACE, the file by its last name
     image: bytes
     captions: tuple[Caption, ...]
     url: str = ""

@@ -34,7 +34,7 @@ class Tsv64:
         """See ``Reader``."""
         if not file.name.endswith(IMAGES):
             raise UserError(f"{file}: name the ..{IMAGES} files, their texts are found beside them")
-        for needed in (file, _texts(file)):
+        for needed in (file, texts_of(file)):
             if not needed.is_file():
                 raise UserError(f"{needed}: no such file: both {IMAGES} and {TEXTS} are needed")
         size = file.stat().st_size
@@ -47,7 +47,7 @@ class Tsv64:
         name, begin, end = unit.file.name, unit.span["begin"], unit.span["end"]
         with closing(sqlite3.connect("")) as index, unit.file.open("rb") as lines:
             # On disk once it outgrows SQLite's cache: texts of a hundred million images fit.
-            bad = _index(index, _texts(unit.file))
+            bad = _index(index, texts_of(unit.file))
             if begin == 0:
                 yield from bad
             if begin:
@@ -63,7 +63,10 @@ class Tsv64:
                     yield _sample(f"{name}#", at, line, index, source.language)
 
 
-def _texts(file: Path) -> Path:
+def texts_of(file: Path) -> Path:
+    """The file of texts beside one of images; any other file itself."""
+    if not file.name.endswith(IMAGES):
+        return file
     return file.with_name(file.name.removesuffix(IMAGES) + TEXTS)
 
 
