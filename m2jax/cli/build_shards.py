@@ -26,7 +26,12 @@ DUPLICATES: tuple[tuple[str, type, Any, str], ...] = (
     ("--near", str, "both", "what must be alike in near duplicates: both, image, text or none"),
     ("--image-bits", int, 28, "of 256 in which the hashes of alike images differ, at most"),
     ("--jaccard", float, 0.7, "share of common three-character pieces of alike captions"),
-    ("--evaluation-text", int, 30, "characters from which an evaluation caption is kept out"),
+    (
+        "--evaluation-text",
+        int,
+        30,
+        "letters (Han: 3) from which its captions are kept out",
+    ),
     ("--pass-records", int, 20_000, "records whose signatures are shuffled at a time; 0: all"),
 )
 

@@ -28,7 +28,7 @@ class Duplicates:
     near: str = "both"  # of image and text must be alike: both | image | text | none
     image_bits: int = 28  # of 256 in which alike images' hashes differ, at most
     jaccard: float = 0.7  # of the shingles of alike captions, at least
-    evaluation_text: int = 30  # characters from which a caption shared with evaluation is no chance
+    evaluation_text: int = 30  # letters (Han: 3 each) of a caption whose sharing is no chance
     pass_records: int = 20_000  # records whose signatures Beam shuffles at a time; 0: all
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 from scipy import fft
 
 from m2jax.data.build.records import Caption, Record
+from m2jax.data.build.steps import HAN
 
 SIDE = 64  # pixels an image is scaled to before its transform
 WAVES = 16  # per axis that go into the hash: 16 x 16 signs
@@ -20,6 +21,7 @@ IMAGE_BITS = WAVES * WAVES
 STANDS_OUT = 0.2  # of the root mean square of the waves
 _SHUFFLED = np.random.default_rng(256).permutation(IMAGE_BITS)
 GRAMS = 3  # characters of a shingle
+LETTERS_OF_HAN = 3  # that one Han character stands for
 MINIMA = 64  # of a text's MinHash, one byte of each (b-bit MinHash, Li and Koenig 2010)
 
 
@@ -98,9 +100,16 @@ def exact(record: Record) -> int:
 
 
 def text_hashes(record: Record, at_least: int) -> list[int]:
-    """Hashes of the plain captions that are long enough not to agree by chance."""
+    """Hashes of the plain captions that are long enough not to agree by chance.
+
+    A Han character counts as three: it says about as much as three letters.
+    """
     texts = (plain(caption.text) for caption in record.captions)
-    return sorted({_hash(text) for text in texts if len(text) >= at_least})
+    return sorted({_hash(text) for text in texts if _letters(text) >= at_least})
+
+
+def _letters(text: str) -> int:
+    return len(text) + (LETTERS_OF_HAN - 1) * len(HAN.findall(text))
 
 
 def distances(

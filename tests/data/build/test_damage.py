@@ -10,13 +10,16 @@ import tarfile
 import zlib
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from m2jax.config import UserError
-from m2jax.data.build import manifest, signatures, stage_read
+from m2jax.data.build import manifest, readers, signatures, stage_read
 from m2jax.data.build.plan import Duplicates
-from m2jax.data.build.readers.base import Source
+from m2jax.data.build.readers import base, parquet
+from m2jax.data.build.readers.base import Sample, Source, Unit
 from m2jax.data.build.records import Caption, Rejected
 from tests.data.build import collections_of as made
 from tests.data.build.test_build import build, plan, read
@@ -208,3 +211,54 @@ def test_files_of_one_name_have_keys_of_their_own(tmp_path):
     gone = [json.loads(line)["key"] for line in text.splitlines()]
     assert sorted([*gone, *(r.key for r in read(tmp_path / "out"))]) == keys
     assert found["sources"][0]["files"] == ["a/00000.tar", "b/c/00000.tar"]
+
+
+def test_many_rows_of_one_large_value_are_read_one_by_one(tmp_path):
+    image = pa.DictionaryArray.from_arrays(pa.array([0] * 64, pa.int32()), pa.array([bytes(2**22)]))
+    file = tmp_path / "t.parquet"
+    table = pa.table({"jpg": image, "caption": ["a red cat"] * 64})
+    pq.write_table(table, file, compression="zstd", store_schema=False)
+    assert file.stat().st_size < 1000
+    default, pool = pa.default_memory_pool(), pa.proxy_memory_pool(pa.default_memory_pool())
+    pa.set_memory_pool(pool)
+    try:
+        reader, source = readers.reader("parquet"), Source("s", "parquet", (file,))
+        for one in reader.read(Unit(0, 0, file, {"group": 0}), source):
+            assert isinstance(one, Sample)
+            assert len(one.image) == 2**22
+    finally:
+        pa.set_memory_pool(default)
+    assert 2**22 < pool.max_memory() < 2**26  # 64 copies are 2**28
+
+
+def test_rows_and_texts_that_are_too_large(tmp_path, monkeypatch):
+    rows = [{"jpg": b"x" * n, "caption": "y" * m} for n, m in ((9, 9), (90, 9), (9, 30))]
+    file = made.parquet(tmp_path / "t.parquet", rows)
+    monkeypatch.setattr(parquet, "ROW_BYTES", 80)
+    monkeypatch.setattr(base, "TEXT_BYTES", 20)
+    found = read_source("parquet", file)
+    assert [one.key for one in good(found)] == ["t.parquet#0.0"]
+    assert reasons(found) == [
+        ("t.parquet#0.1", "image too large"),
+        ("t.parquet#0.2", "text too long"),
+    ]
+
+
+def test_a_chinese_caption_of_usual_length_is_kept_out(tmp_path):
+    shared = "一位老人坐在公园的长椅上喂鸽子和几只小麻雀"
+    assert len(shared) == 21
+    short = "一位老人坐在公园里"  # 27 letters' worth: chance
+    members = [m for n, text in ((1, shared), (2, short)) for m in chinese(n, text)]
+    other = [m for n, text in ((3, shared), (4, short)) for m in chinese(n, text)]
+    web, test = (made.write_tar(tmp_path / f"{n}.tar", m) for n, m in enumerate((members, other)))
+    sources = (Source("web", "tars", (web,)), Source("t", "tars", (test,), evaluation=True))
+    found = build(plan(tmp_path / "out", sources))
+    assert found["counts"] == {"read": 2, "evaluation text": 1}
+    assert [r.captions[0].text for r in read(tmp_path / "out")] == [short]
+
+
+def chinese(number, text):
+    return [
+        (f"{number}.png", made.encoded(made.picture(number))),
+        (f"{number}.zh.txt", text.encode()),
+    ]
