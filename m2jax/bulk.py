@@ -8,9 +8,10 @@ however many records there are. Processes share no work: each takes its part of 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -26,12 +27,13 @@ from m2jax.data import feature_files
 from m2jax.data.ahead import ahead
 from m2jax.data.feature_files import Row
 from m2jax.data.pairs import Pair, Pairs
-from m2jax.data.shards import ShardPairs
+from m2jax.data.shards import ShardPairs, manifest_row
 from m2jax.data.tars import TarPairs
 from m2jax.dist.mesh import make_mesh
 from m2jax.dist.sharding import batch_sharding, batch_shards
 
 SETTINGS = "embed.json"
+ENDS = 2**20  # bytes of a shard's beginning and end that tell it from others
 SKIPPED = ".skipped.jsonl"  # after a shard's name: rows that could not be read, where there are any
 
 
@@ -77,13 +79,18 @@ def embed_shards(
     names = [_name(shard, options) for shard in shards]
     if len(set(names)) != len(names):
         raise UserError("--shards: two have the same name: embed them into different folders")
-    _claim(out, {"model": str(model), "format": options.format, "texts": options.texts})
+    settings = {
+        "model": str(model),
+        "checkpoint": bundle_lib.resolved(model),
+        "format": options.format,
+        "texts": options.texts,
+    }
+    _claim(out, settings, dict(zip(names, map(_mark, shards), strict=True)))
     index, count = options.part
-    left = [
-        (shard, out / name)
-        for shard, name in list(zip(shards, names, strict=True))[index::count]
-        if not (out / name).exists()
-    ]
+    mine = [(shard, out / name) for shard, name in zip(shards, names, strict=True)][index::count]
+    left = [(shard, file) for shard, file in mine if not file.exists()]
+    if len(left) < len(mine):
+        say(f"embed: {len(mine) - len(left)} of {len(mine)} shards were done already")
     if not left:
         return Done(0, 0, 0)
     encoder = _Encoder(model, options)
@@ -105,20 +112,52 @@ def _name(shard: Path, options: Options) -> str:
     return stem + feature_files.SUFFIXES[options.format]
 
 
-def _claim(out: Path, settings: dict[str, object]) -> None:
-    """Takes the folder, or finds that it is that of a run like this one."""
+def _mark(shard: Path) -> dict[str, object]:
+    """What tells a shard from another of its name: its size and a checksum.
+
+    That of the build's manifest where one lies beside it, else of the file's first and last MiB.
+    """
+    try:
+        size = shard.stat().st_size
+        stated = manifest_row(shard).get("sha256")
+        if stated:
+            return {"bytes": size, "sha256": stated}
+        with shard.open("rb") as file:
+            ends = file.read(ENDS)
+            file.seek(max(size - ENDS, 0))
+            return {"bytes": size, "ends": hashlib.sha256(ends + file.read(ENDS)).hexdigest()}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{shard}: unreadable ({error}): copy it again") from error
+
+
+def _claim(out: Path, settings: Mapping[str, object], shards: Mapping[str, object]) -> None:
+    """Takes the folder, or finds that it is that of a run like this one.
+
+    Args:
+        out: the folder.
+        settings: of all its features.
+        shards: marks of the shards by the name of their features; those of an earlier run stay.
+    """
     file = out / SETTINGS
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if not file.exists():
-            temporary = out / f".{SETTINGS}.{os.getpid()}"
-            temporary.write_text(json.dumps(settings, indent=1) + "\n")
-            temporary.replace(file)
-        found = json.loads(file.read_text())
+        found = json.loads(file.read_text()) if file.exists() else {**settings, "shards": {}}
+        if not isinstance(found, dict) or not isinstance(found.get("shards"), dict):
+            raise ValueError(f"{SETTINGS} names no shards")
+        marks = found.pop("shards")
+        if found != settings:
+            raise UserError(f"--out {out}: holds features of {found}: choose another folder")
+        for name, mark in shards.items():
+            if (out / name).exists() and marks.get(name) != mark:
+                raise UserError(
+                    f"--out {out}: {name} is of another shard of that name: choose another folder"
+                )
+        temporary = out / f".{SETTINGS}.{os.getpid()}"
+        saved = {**settings, "shards": {**marks, **shards}}
+        temporary.write_text(json.dumps(saved, indent=1, sort_keys=True) + "\n")
+        temporary.replace(file)
     except (OSError, ValueError) as error:
         raise UserError(f"--out {out}: {error}: choose another folder") from error
-    if found != settings:
-        raise UserError(f"--out {out}: holds features of {found}: choose another folder")
 
 
 def _opened(shard: Path, out: Path) -> Pairs:

@@ -202,6 +202,16 @@ def read_saved(path: str | os.PathLike[str]) -> manager.Saved | None:
     return None if checkpoint is None else manager.read_bundle(checkpoint)
 
 
+def resolved(path: str | os.PathLike[str]) -> str:
+    """The name of the checkpoint that ``load`` would take now; "" for a folder in another format.
+
+    Raises:
+        UserError: there is no such directory, or nothing readable in it.
+    """
+    checkpoint = checkpoint_of(local_directory(path))
+    return "" if checkpoint is None else checkpoint.name
+
+
 def local_directory(path: str | os.PathLike[str]) -> Path:
     """The folder itself, or the copy of one on the Hub or on an object store.
 

@@ -2,6 +2,7 @@
 """Features of shards: those of the model, in every format, resumed after a break, on a mesh."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -158,6 +159,49 @@ def test_a_broken_run_goes_on_where_it_was(model, tmp_path, monkeypatch):
     assert embed(model, shards, tmp_path / "out") == (0, 0, 0)
     for file in (tmp_path / "whole").glob("*.parquet"):
         assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes()
+
+
+def test_another_build_or_step_is_not_taken_as_done(model, tmp_path):
+    said = []
+
+    def again(shards, name=model):
+        return embed_shards(name, shards, tmp_path / "out", Options(batch=8), said.append)
+
+    first = sorted(write_shards(tmp_path / "one", 12).iterdir())
+    second = sorted(write_shards(tmp_path / "two", 12, [("another text", "en")]).iterdir())
+    assert [f.name for f in first] == [f.name for f in second]
+    again(first[:1])
+    with pytest.raises(UserError, match="is of another shard of that name: choose another"):
+        again(second)
+    assert again(first) == (1, 6, 0)  # a second shard of the same build joins
+    assert said[1] == "embed: 1 of 2 shards were done already"
+    shutil.copytree(tmp_path / "one", tmp_path / "copy")
+    assert again(sorted((tmp_path / "copy").iterdir())) == (0, 0, 0)
+    assert said[-1] == "embed: 2 of 2 shards were done already"
+    # A checksum of the manifest's tells shards of one size apart.
+    manifest = {"shards": [{"file": first[0].name, "records": 6, "bytes": 1, "sha256": "00"}]}
+    (tmp_path / "one" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="is of another shard"):
+        again(first)
+    (tmp_path / "one" / "manifest.json").write_text("{}")
+    with pytest.raises(UserError, match=r"unreadable \(manifest\.json lists no shards\)"):
+        again(first)
+
+
+def test_another_step_of_a_run_is_refused(model, tmp_path, monkeypatch):
+    shards = sorted(write_shards(tmp_path / "s", 4).iterdir())
+    embed(model, shards, tmp_path / "out")
+    monkeypatch.setattr(bulk.bundle_lib, "resolved", lambda path: "2000")
+    with pytest.raises(UserError, match=r"holds features of .*'checkpoint': 'm'"):
+        embed(model, shards, tmp_path / "out")
+
+
+def test_feature_files_are_as_private_as_other_files(model, tmp_path):
+    shards = sorted(write_shards(tmp_path / "s", 4).iterdir())
+    embed(model, shards, tmp_path / "out")
+    (tmp_path / "plain").touch()
+    modes = {f.stat().st_mode for f in (*(tmp_path / "out").glob("*.parquet"), tmp_path / "plain")}
+    assert len(modes) == 1
 
 
 def test_shares_are_disjoint_and_all(model, tmp_path):

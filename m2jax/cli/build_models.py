@@ -18,6 +18,20 @@ from PIL import Image
 from m2jax.config import UserError
 
 
+def check(model: str) -> None:
+    """Refuses a model before hours of reading, without its parameters.
+
+    Raises:
+        UserError: nothing readable is there.
+    """
+    from m2jax import bundle
+
+    try:
+        bundle.read_saved(model)
+    except UserError as error:
+        raise UserError(f"--score-model {model}: {error}") from error
+
+
 @dataclass(frozen=True)
 class BundleScorer:
     """Cosines by a model of m2jax."""

@@ -26,7 +26,12 @@ DUPLICATES: tuple[tuple[str, type, Any, str], ...] = (
     ("--near", str, "both", "what must be alike in near duplicates: both, image, text or none"),
     ("--image-bits", int, 28, "of 256 in which the hashes of alike images differ, at most"),
     ("--jaccard", float, 0.7, "share of common three-character pieces of alike captions"),
-    ("--evaluation-text", int, 30, "characters from which an evaluation caption is kept out"),
+    (
+        "--evaluation-text",
+        int,
+        30,
+        "letters (Han: 3) from which its captions are kept out",
+    ),
     ("--pass-records", int, 20_000, "records whose signatures are shuffled at a time; 0: all"),
 )
 
@@ -60,7 +65,10 @@ def add_parser(sets: Any) -> None:
     for flag, what in (
         ("--weight", "copies of each record of a source; 0.25 keeps one in four (default: 1)"),
         ("--licence", "of a source, for the record and the manifest"),
-        ("--language", "of captions of a source that do not say theirs; others are identified"),
+        (
+            "--language",
+            "en or zh: of captions of a source that do not say theirs (default: identified)",
+        ),
     ):
         parser.add_argument(flag, action="append", default=[], metavar="NAME=VALUE", help=what)
     for flag, kind, default, what in (*LIMITS, *DUPLICATES):
@@ -183,7 +191,7 @@ def _source(words: str, *, evaluation: bool) -> Any:
         if not matched:
             raise UserError(f"{flag} {name}: {pattern!r} matches no file: mend the path")
         files += map(Path, matched)
-    return Source(name, kind, tuple(files), evaluation=evaluation)
+    return Source(name, kind, tuple(dict.fromkeys(files)), evaluation=evaluation)
 
 
 def _scoring(args: argparse.Namespace) -> tuple[Any, Any]:
@@ -211,8 +219,11 @@ def _scoring(args: argparse.Namespace) -> tuple[Any, Any]:
                 "--low-score drop or keep"
             )
         own = ":" in captioner and not Path(captioner).exists()
+        if not own and not can_write(captioner):
+            raise UserError(f"--captioner {captioner}: no run with a caption head: name another")
         made = build_models.CaptionRewriter(captioner, args.score_batch)
         rewriter = build_models.Named(captioner) if own else build_models.Made(made)
+    build_models.check(args.score_model)
     scorer = build_models.Made(build_models.BundleScorer(args.score_model, args.score_batch))
     scoring = Scoring(args.score_model, captioner, args.score_below, low, args.score_batch)
     return scoring, Models(scorer, rewriter)

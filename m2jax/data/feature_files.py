@@ -62,6 +62,9 @@ def _temporary(file: Path) -> Path:
     for left in file.parent.glob(f".{file.name}.*"):  # by a run that was killed
         left.unlink(missing_ok=True)
     handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    umask = os.umask(0)
+    os.umask(umask)
+    os.fchmod(handle, 0o666 & ~umask)  # mkstemp lets nobody else read
     os.close(handle)
     return Path(name)
 

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import functools
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,14 +87,34 @@ def _compare(files: Sequence[Path], rows: int) -> None:
     """
     expected = 0
     for file in files:
-        manifest = file.parent / MANIFEST
-        stated = work.read_json(manifest)["shards"] if manifest.is_file() else []
-        count = {shard["file"]: shard["records"] for shard in stated}.get(file.name)
+        count = manifest_row(file).get("records")
         if count is None:
             return
         expected += count
     if rows != expected:
         raise ValueError(f"{rows} records where the manifest has {expected}")
+
+
+def manifest_row(file: Path) -> Mapping[str, Any]:
+    """What the manifest beside a shard states of it: records, bytes, sha256; empty without one.
+
+    Raises:
+        ValueError: the manifest is damaged.
+    """
+    manifest = file.parent / MANIFEST
+    return (
+        _stated(manifest, manifest.stat().st_mtime_ns).get(file.name, {})
+        if manifest.is_file()
+        else {}
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _stated(manifest: Path, _changed: int) -> dict[str, Mapping[str, Any]]:
+    try:
+        return {shard["file"]: shard for shard in work.read_json(manifest)["shards"]}
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{manifest.name} lists no shards") from error
 
 
 def shard_files(paths: Sequence[Path]) -> list[Path]:

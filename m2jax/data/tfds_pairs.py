@@ -124,5 +124,5 @@ def _strings(value: Any, labels: tuple[str, ...]) -> list[str]:
     """The texts of a feature."""
     values = value if isinstance(value, (list, tuple)) or getattr(value, "ndim", 0) else [value]
     if labels:
-        return [labels[int(v)] for v in values]
+        return [labels[int(v)] for v in values if int(v) >= 0]  # -1: no label is known
     return [v.decode("utf-8", "replace") if isinstance(v, bytes) else str(v) for v in values]

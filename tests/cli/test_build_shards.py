@@ -76,11 +76,18 @@ def test_a_build_from_the_shell(tmp_path, capsys):
         (["--weight", "web=many"], "--weight web: 'many' is no number"),
         (["--weight", "web=-1"], "weight -1.0: from 0 to 100"),
         (["--", "--runer=SparkRunner"], "Beam knows no option runer: mend it"),
+        (["--", "--direct_num_workers=abc"], "-- --direct_num_workers=abc: argument --direct_num"),
+        (["--language", "web=de"], "--language web=de: only en and zh are kept"),
         (["stray"], "Beam knows no option stray"),
         (["--aspect", "0"], "--aspect 0.0: must lie between"),
         (["--low-score", "drop"], "no scores to judge by: add --score-model"),
         (["--captioner", "x"], "no scores to judge by: add --score-model"),
         (["--score-model", "x"], "--score-model x: cannot write captions: add --captioner"),
+        (
+            ["--score-model", "nowhere", "--low-score", "keep"],
+            "--score-model nowhere: nowhere: no",
+        ),
+        (["--score-model", "x", "--captioner", "y"], "--captioner y: no run with a caption head"),
         (["--score-model", "x", "--score-batch", "0"], "--score-batch 0: must be at least 1"),
     ],
 )
@@ -145,6 +152,7 @@ def test_a_captioner_of_ones_own(tmp_path, monkeypatch):
     with pytest.raises(build_models.UserError, match=r"--captioner nowhere:x: .*mend MODULE:NAME"):
         build_models.Named("nowhere:x")()
     monkeypatch.setattr("m2jax.captioner.can_write", lambda path: path == "writes")
+    monkeypatch.setattr(build_models, "check", lambda model: None)
     plan, models = planned(tmp_path, "--score-model", "writes")
     assert plan.scoring == Scoring("writes", "writes", 0.25, "rewrite", 64)
     assert models.rewriter() == build_models.CaptionRewriter("writes", 64)

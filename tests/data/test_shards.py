@@ -12,6 +12,7 @@ import tensorflow_datasets as tfds
 
 from m2jax import config
 from m2jax.config import UserError
+from m2jax.data import tfds_pairs
 from m2jax.data.build import manifest, pipeline, shards, work
 from m2jax.data.build.plan import Duplicates, Plan
 from m2jax.data.build.readers.base import Source
@@ -224,3 +225,8 @@ def test_every_source_goes_into_a_grain_pipeline(data_set, tmp_path):
         )
         assert rows[0]["image"].shape == (24, 20, 3)
         assert "10 rows" in repr(GrainPairs(pairs))
+
+
+def test_an_unknown_label_is_no_text():
+    assert tfds_pairs._strings(np.array([-1, 1]), ("small cat", "dog")) == ["dog"]
+    assert tfds_pairs._strings(np.int64(-1), ("small cat", "dog")) == []

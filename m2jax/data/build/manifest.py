@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from m2jax.config import UserError
+from m2jax.data.build import plan as plan_lib
 from m2jax.data.build import shards, stage_read, stage_score, work
 from m2jax.data.build.plan import Plan
 from m2jax.data.build.readers.base import Unit
@@ -44,6 +45,7 @@ def write(
     sources = [_source(plan, index, units, counts) for index in range(len(plan.sources))]
     manifest = {
         **plan.settings(),
+        "fingerprint": plan_lib.fingerprint(plan),  # of settings and inputs
         "records": sum(shard["records"] for shard in stated),
         "counts": _total(sources),
         "sources": sources,
@@ -71,9 +73,10 @@ def _source(
         "name": source.name,
         "kind": source.kind,
         "licence": source.licence,
+        "language": source.language,
         "weight": source.weight,
         "evaluation": source.evaluation,
-        "files": [file.name for file in source.files],
+        "files": [source.label(file) for file in source.files],
         "counts": dict(total),
     }
 

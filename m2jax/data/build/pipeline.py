@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import io
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -89,9 +90,16 @@ def _check_options(words: Sequence[str]) -> None:
     Raises:
         UserError: an option that Beam does not know.
     """
-    options = PipelineOptions(list(words))
-    known = options.get_all_options()
-    unknown = sorted(set(options.get_all_options(retain_unknown_options=True)) - set(known))
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):  # argparse prints pages and ends the process
+            options = PipelineOptions(list(words))
+            known = options.get_all_options()
+            every = options.get_all_options(retain_unknown_options=True)
+    except SystemExit:
+        why = (said.getvalue().strip().splitlines() or ["refused"])[-1].partition("error: ")[-1]
+        raise UserError(f"-- {' '.join(words)}: {why or 'refused by Beam'}: mend it") from None
+    unknown = sorted(set(every) - set(known))
     if unknown or (words and not words[0].startswith("-")):
         raise UserError(
             f"-- {' '.join(words)}: Beam knows no option {(unknown or words)[0]}: mend it"
@@ -124,11 +132,11 @@ def _claim(plan: Plan, mark: str) -> None:
 def _built(plan: Plan) -> dict[str, Any]:
     """The manifest of a build that is done already, if it is the same."""
     found = manifest.read(plan.out)
-    settings = plan.settings()
-    names = [[s["name"], s["files"]] for s in found.get("sources", [])]
-    ours = [[source.name, [file.name for file in source.files]] for source in plan.sources]
-    if any(found.get(key) != value for key, value in settings.items()) or names != ours:
-        raise UserError(f"--out {plan.out}: holds another build: name another folder")
+    if found.get("fingerprint") != plan_lib.fingerprint(plan):
+        raise UserError(
+            f"--out {plan.out}: holds another build, with other settings or inputs: name another "
+            "folder"
+        )
     shutil.rmtree(plan.work, ignore_errors=True)  # left by a kill in the last moment
     return found
 

@@ -13,11 +13,12 @@ from typing import Any
 from m2jax.config import UserError
 from m2jax.data.build import readers
 from m2jax.data.build.readers.base import Source, Unit
-from m2jax.data.build.steps import Limits
+from m2jax.data.build.readers.tsv64 import texts_of
+from m2jax.data.build.steps import LANGUAGES, Limits
 
 NEAR = ("both", "image", "text", "none")
 LOW_SCORES = ("rewrite", "drop", "keep")
-FORMAT = 1  # of the work folder and the manifest
+FORMAT = 2  # of the work folder and the manifest
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Duplicates:
     near: str = "both"  # of image and text must be alike: both | image | text | none
     image_bits: int = 28  # of 256 in which alike images' hashes differ, at most
     jaccard: float = 0.7  # of the shingles of alike captions, at least
-    evaluation_text: int = 30  # characters from which a caption shared with evaluation is no chance
+    evaluation_text: int = 30  # letters (Han: 3 each) of a caption whose sharing is no chance
     pass_records: int = 20_000  # records whose signatures Beam shuffles at a time; 0: all
 
 
@@ -80,7 +81,7 @@ def fingerprint(plan: Plan) -> str:
     inputs = [
         {
             **source._asdict(),
-            "files": [[file.name, *_state(file)] for file in source.files],
+            "files": [[source.label(file), *_state(file)] for file in source.files],
         }
         for source in plan.sources
     ]
@@ -89,8 +90,9 @@ def fingerprint(plan: Plan) -> str:
 
 
 def _state(file: Path) -> tuple[int, int]:
-    """Size and time of change of a file, or of the files of a folder."""
-    files = [file] if file.is_file() else sorted(f for f in file.rglob("*.mdb") if f.is_file())
+    """Size and time of change of a file and of the texts beside it, or of the files of a folder."""
+    files = [file, texts_of(file)] if file.is_file() else sorted(file.rglob("*.mdb"))
+    files = [f for f in dict.fromkeys(files) if f.is_file()]
     stats = [f.stat() for f in files]
     return sum(s.st_size for s in stats), max((s.st_mtime_ns for s in stats), default=0)
 
@@ -130,6 +132,11 @@ def check(plan: Plan) -> None:
     for source in plan.sources:
         if not 0 <= source.weight <= 100:
             raise UserError(f"--source {source.name}: weight {source.weight}: from 0 to 100")
+        if source.language not in ("", *LANGUAGES):
+            raise UserError(
+                f"--language {source.name}={source.language}: only {' and '.join(LANGUAGES)} are "
+                "kept: name one of these, or none to have captions identified"
+            )
 
 
 def units(plan: Plan) -> list[Unit]:

@@ -9,7 +9,6 @@ work of bounded memory that can be done in any order and again.
 from __future__ import annotations
 
 import collections
-import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -28,7 +27,7 @@ NAME = "m2jax_pairs"
 SPLIT = "train"
 VERSION = "1.0.0"
 OPEN_READERS = 64
-THINNED, COPIES = "thinned by weight", "copies by weight"
+COPIES = "copies by weight"
 _ROW = np.dtype([("hash", "<u8"), ("row", "<u4"), ("copy", "<u4")])
 
 
@@ -70,10 +69,9 @@ def _list(plan: Plan, ordinal: int, unit: Unit, parts: int, folder: Path) -> Non
         places = rows[first : first + work.CHUNK]
         for at, data in zip(places, reader.at(places), strict=True):
             key = decode(data, f"unit {ordinal}: {at}").key
-            copies = _copies(plan.seed, key, source.weight)
-            counts[THINNED] += copies == 0
-            counts[COPIES] += max(0, copies - 1)
-            found += ((_hash(plan.seed, key, copy), at, copy) for copy in range(copies))
+            copies = stage_read.copies(plan.seed, key, source.weight)
+            counts[COPIES] += copies - 1
+            found += ((stage_read.hashed(plan.seed, key, n), at, n) for n in range(copies))
     reader.close()
     listed = np.array(found, _ROW)
     np.save(folder / "rows.npy", listed[np.argsort(listed["hash"], kind="stable")])
@@ -111,18 +109,6 @@ def _keys(plan: Plan, ranks: set[int]) -> dict[int, str]:
                 keys[duplicates.rank(ordinal, row)] = decode(data, f"unit {ordinal}: {row}").key
         reader.close()
     return keys
-
-
-def _hash(seed: int, key: str, copy: int) -> int:
-    data = f"{seed}\0{copy}\0{key}".encode()
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
-
-
-def _copies(seed: int, key: str, weight: float) -> int:
-    """How often a record is written: the weight, its fraction by the record's own lot."""
-    whole = int(weight)
-    lot = _hash(seed, f"lot\0{key}", 0) / 2**64
-    return whole + (lot < weight - whole)
 
 
 def _shard_place(plan: Plan, index: int) -> Path:

@@ -13,6 +13,7 @@ from PIL import Image
 from scipy import fft
 
 from m2jax.data.build.records import Caption, Record
+from m2jax.data.build.steps import HAN
 
 SIDE = 64  # pixels an image is scaled to before its transform
 WAVES = 16  # per axis that go into the hash: 16 x 16 signs
@@ -20,6 +21,7 @@ IMAGE_BITS = WAVES * WAVES
 STANDS_OUT = 0.2  # of the root mean square of the waves
 _SHUFFLED = np.random.default_rng(256).permutation(IMAGE_BITS)
 GRAMS = 3  # characters of a shingle
+LETTERS_OF_HAN = 3  # that one Han character stands for
 MINIMA = 64  # of a text's MinHash, one byte of each (b-bit MinHash, Li and Koenig 2010)
 
 
@@ -54,11 +56,16 @@ def perceptual_hash(image: Image.Image) -> UInt8[np.ndarray, " 32"]:
 
 
 def minhash(captions: Sequence[Caption]) -> UInt8[np.ndarray, " 64"]:
-    """MinHash of the captions' shingles of three characters, without case and punctuation."""
+    """MinHash of the captions' shingles of three characters, without case and punctuation.
+
+    Zeros where there is no text; ``jaccard`` finds such a record like no other.
+    """
     shingles: set[str] = set()
     for caption in captions:
-        text = plain(caption.text)
-        shingles |= {text[i : i + GRAMS] for i in range(max(1, len(text) - GRAMS + 1))}
+        if text := plain(caption.text):
+            shingles |= {text[i : i + GRAMS] for i in range(max(1, len(text) - GRAMS + 1))}
+    if not shingles:
+        return np.zeros(MINIMA, np.uint8)
     hashes = np.fromiter(map(_hash, sorted(shingles)), np.uint64, len(shingles))
     # Multiply-shift hashing: the upper bits of an odd multiple are as good as random.
     mixed = hashes[:, None] * _FACTORS + _OFFSETS
@@ -93,9 +100,16 @@ def exact(record: Record) -> int:
 
 
 def text_hashes(record: Record, at_least: int) -> list[int]:
-    """Hashes of the plain captions that are long enough not to agree by chance."""
+    """Hashes of the plain captions that are long enough not to agree by chance.
+
+    A Han character counts as three: it says about as much as three letters.
+    """
     texts = (plain(caption.text) for caption in record.captions)
-    return sorted({_hash(text) for text in texts if len(text) >= at_least})
+    return sorted({_hash(text) for text in texts if _letters(text) >= at_least})
+
+
+def _letters(text: str) -> int:
+    return len(text) + (LETTERS_OF_HAN - 1) * len(HAN.findall(text))
 
 
 def distances(
@@ -109,7 +123,11 @@ def distances(
 def jaccard(
     one: UInt8[np.ndarray, "n 64"], other: UInt8[np.ndarray, "n 64"]
 ) -> Float64[np.ndarray, " n"]:
-    """Estimated share of common shingles, pair by pair: minima that agree, less those by chance."""
+    """Estimated share of common shingles, pair by pair: minima that agree, less those by chance.
+
+    Two records without text share none.
+    """
     agree: Bool[np.ndarray, "n 64"] = one == other
     chance = 2.0**-8
-    return np.clip((agree.mean(axis=-1) - chance) / (1 - chance), 0.0, 1.0)
+    both = one.any(axis=-1) & other.any(axis=-1)  # say anything
+    return np.where(both, np.clip((agree.mean(axis=-1) - chance) / (1 - chance), 0.0, 1.0), 0.0)

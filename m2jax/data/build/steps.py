@@ -21,10 +21,13 @@ from PIL import Image
 from m2jax.data.build.records import Caption, Record, Rejected
 from m2jax.data.image import PIXEL_LIMIT, open_image
 
-FORMATS = ("JPEG", "PNG", "WEBP")
+FORMATS = ("JPEG", "PNG", "WEBP")  # no other parser sees the bytes
+OTHER_FORMATS = {b"GIF8": "GIF", b"BM": "BMP", b"II*\0": "TIFF", b"MM\0*": "TIFF"}
 LANGUAGES = ("en", "zh")
 HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f]")
-OTHER_SCRIPT = re.compile(r"[\u3040-\u30ff\u31f0-\u31ff\u1100-\u11ff\uac00-\ud7af]")  # kana, hangul
+KANA = re.compile(r"[\u3041-\u3096\u30a1-\u30fa\u30fc\u31f0-\u31ff]")
+HANGUL = re.compile(r"[\u1100-\u11ff\uac00-\ud7af]")
+FOREIGN = 4  # kana or hangul is Japanese or Korean from one letter in so many
 HIDDEN = re.compile(  # control characters, zero-width ones, marks of writing direction
     r"[\u0000-\u0008\u000b\u000c\u000e-\u001f\u007f-\u009f\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff]"
 )
@@ -62,23 +65,34 @@ class ImageStep(Protocol):
 def decoded(record: Record) -> Looked | Rejected:
     """``decode``: the image decodes whole, is JPEG, PNG or WebP, and is no decompression bomb."""
     try:
-        with Image.open(io.BytesIO(record.image)) as image:  # reads the header alone
-            kind, size = image.format, image.size
+        # Reads the header alone. A JPEG with further pictures behind it opens too (PIL: "MPO").
+        with Image.open(io.BytesIO(record.image), formats=FORMATS) as image:
+            size = image.size
     except Image.DecompressionBombError as error:
         return Rejected(record.key, "decompression bomb", str(error))
     except Exception as error:  # parsers of damaged headers raise what they like
-        return Rejected(record.key, "undecodable image", _told(error))
+        if kind := _other_format(record.image):
+            return Rejected(record.key, "image format", f"{kind}: none of {', '.join(FORMATS)}")
+        return Rejected(record.key, "undecodable image", told(error))
     if size[0] * size[1] > PIXEL_LIMIT:
         return Rejected(record.key, "decompression bomb", f"{size[0]} x {size[1]} pixels")
-    if kind not in FORMATS:
-        return Rejected(record.key, "image format", f"{kind}: none of {', '.join(FORMATS)}")
     try:
-        return Looked(record, open_image(io.BytesIO(record.image), record.key))
+        found = open_image(io.BytesIO(record.image), record.key)
+        if found.has_transparency_data or found.mode != "RGB":  # fails without a palette
+            found.convert("RGB")  # as all who use it will
+        return Looked(record, found)
     except Exception as error:
-        return Rejected(record.key, "undecodable image", _told(error))
+        return Rejected(record.key, "undecodable image", told(error))
 
 
-def _told(error: Exception) -> str:
+def _other_format(data: bytes) -> str:
+    """The format of bytes that begin like an image nobody decodes here; "" for none."""
+    if data[4:8] == b"ftyp":
+        return "AVIF or HEIF"
+    return next((kind for start, kind in OTHER_FORMATS.items() if data.startswith(start)), "")
+
+
+def told(error: Exception) -> str:
     """What an error says, without addresses in memory: two builds must write the same."""
     return re.sub(r"<[^<>]* at 0x[0-9a-f]+>", "bytes", f"{type(error).__name__}: {error}")[:200]
 
@@ -108,16 +122,17 @@ def normalised(text: str) -> str:
 def identified(text: str) -> str:
     """``en``, ``zh``, or the code of another language ("und" where there is no letter).
 
-    Scripts decide first: kana or hangul is neither, and Han is Chinese where it is at least a fifth
-    of the letters (brand names stand in Latin script). Latin script is English unless the
-    classifier is sure of another language: it errs on short captions, and a lost English one costs
-    more.
+    Scripts decide first: kana or hangul is neither where it is a quarter of the letters (a single
+    "の" decorates Chinese too), and Han is Chinese where it is at least a fifth of them (brand
+    names stand in Latin script). Latin script is English unless the classifier is sure of another
+    language: it errs on short captions, and a lost English one costs more.
     """
     letters = sum(map(str.isalpha, text))
     if not letters:
         return "und"
-    if OTHER_SCRIPT.search(text):
-        return "ja" if re.search(r"[\u3040-\u30ff]", text) else "ko"
+    for script, language in ((KANA, "ja"), (HANGUL, "ko")):
+        if FOREIGN * len(script.findall(text)) >= letters:
+            return language
     if 5 * len(HAN.findall(text)) >= letters:
         return "zh"
     ranks = dict(_classifier().rank(text))
@@ -136,6 +151,12 @@ def _classifier() -> Any:
     return langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)
 
 
+def declared(code: str) -> str:
+    """The language that a code such as ``zh-Hans`` names, where it is one of ours; else ""."""
+    language = re.split("[-_]", code, maxsplit=1)[0].lower()
+    return language if language in LANGUAGES else ""
+
+
 def in_script(text: str, script: str) -> str:
     """Chinese text in simplified or traditional characters, by OpenCC's phrases."""
     return text if script == "keep" else _converter(script).convert(text)
@@ -149,11 +170,15 @@ def _converter(script: str) -> Any:
 
 
 def caption_steps(caption: Caption, limits: Limits) -> Caption | str:
-    """Normalises a caption, or gives the reason why it goes."""
+    """Normalises a caption, or gives the reason why it goes.
+
+    A caption that says it is English or Chinese is believed; others are identified.
+    """
     text = normalised(caption.text)
     if not text:
         return "no text"
-    language = identified(text)
+    language = declared(caption.language) if any(map(str.isalpha, text)) else "und"
+    language = language or identified(text)
     if language not in LANGUAGES:
         return f"language: {language}: {text[:60]!r}"
     if language == "zh":

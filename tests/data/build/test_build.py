@@ -150,9 +150,29 @@ def test_two_builds_are_the_same_bytes_and_a_done_one_is_left_alone(tmp_path, co
     (one / ".work").mkdir()  # as a kill in the last moment leaves it
     assert build(plan(one, collections)) == first
     assert {p: p.stat().st_mtime_ns for p in one.rglob("*")} == before
+    web, own, test = collections
+    others = [web._replace(weight=2.0), web._replace(licence="MIT"), web._replace(language="zh")]
+    changed = [plan(one, collections, seed=1)]
+    changed += [plan(one, (other, own, test)) for other in others]
+    for another in changed:
+        with pytest.raises(UserError, match="holds another build, with other settings or inputs"):
+            build(another)
+    os.utime(web.files[0], (1, 1))
     with pytest.raises(UserError, match="holds another build"):
-        build(plan(one, collections, seed=1))
+        build(plan(one, collections))
     assert files(one) == files(two)
+
+
+def test_the_flag_of_the_language_changes_what_is_kept(tmp_path):
+    german = "Ein Hund sitzt auf der Bank"
+    members = [("0.png", made.encoded(made.picture(0))), ("0.txt", german.encode())]
+    source = Source("a", "tars", (made.write_tar(tmp_path / "a.tar", members),))
+    assert build(plan(tmp_path / "none", (source,)))["counts"] == {"read": 1, "language": 1}
+    build(plan(tmp_path / "en", (source._replace(language="en"),)))
+    (record,) = read(tmp_path / "en")
+    assert [(c.text, c.language) for c in record.captions] == [(german, "en")]
+    with pytest.raises(UserError, match="--language a=de: only en and zh are kept"):
+        build(plan(tmp_path / "de", (source._replace(language="de"),)))
 
 
 SLOW = [pytest.param(moment, marks=pytest.mark.slow) for moment in ("read", "list")]

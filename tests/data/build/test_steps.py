@@ -119,6 +119,9 @@ def test_normalisation_is_done_once(text):
         ("苹果 iPhone 手机壳", "zh"),
         ("漢字", "zh"),
         ("かわいい猫がいます", "ja"),
+        ("超可爱の猫咪抱枕", "zh"),  # one decorative kana
+        ("达・芬奇的画", "zh"),
+        ("the の sign of a small cafe", "en"),
         ("고양이 사진", "ko"),
         ("Ein Hund sitzt auf der Bank", "de"),
         ("le chat est sur la table", "fr"),
@@ -149,6 +152,18 @@ def test_captions_are_normalised_identified_and_converted():
     assert kept("x" * 20, max_text=19).startswith("text too long")
     assert kept("\u200b \n") == "no text"
     assert kept("1234567").startswith("language: und")
+
+
+def test_a_declared_language_is_believed():
+    def kept(text, language):
+        return steps.caption_steps(Caption(text, language), Limits())
+
+    german = "Ein Hund sitzt auf der Bank"
+    assert kept(german, "").startswith("language: de")
+    assert kept(german, "en-US") == Caption(german, "en")
+    assert kept(german, "de").startswith("language: de")
+    assert kept("東京の写真です", "zh_TW").language == "zh"
+    assert kept("1234567", "en").startswith("language: und")
 
 
 def test_a_record_loses_bad_captions_and_goes_with_its_last():

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from m2jax.config import UserError
-from m2jax.data.build import manifest, plan, shards, work
+from m2jax.data.build import manifest, plan, shards, stage_read, work
 from m2jax.data.build.plan import Duplicates, Plan, Scoring
 from m2jax.data.build.readers import base
 from m2jax.data.build.readers.base import Source
@@ -111,6 +111,17 @@ def test_a_fingerprint_is_of_settings_and_inputs_alone(tmp_path):
     assert plan.fingerprint(one) != mark
 
 
+def test_a_fingerprint_knows_the_texts_beside_the_images(tmp_path):
+    source = Source("a", "tsv64", (made.tsv64(tmp_path, [(0, b"x")], [b"{}"]),))
+    before = plan.fingerprint(Plan(tmp_path / "out", (source,)))
+    made.tsv64(tmp_path, [], [b"{ }"])
+    (tmp_path / "all_imgs.tsv").touch()
+    os.utime(tmp_path / "all_texts.jsonl", (1, 1))
+    one = plan.fingerprint(Plan(tmp_path / "out", (source,)))
+    os.utime(tmp_path / "all_texts.jsonl", (9**10, 9**10))
+    assert len({before, one, plan.fingerprint(Plan(tmp_path / "out", (source,)))}) == 3
+
+
 def test_evaluation_comes_first_whatever_the_order(tmp_path):
     tars = made.tars(tmp_path, range(4), per_tar=2)
     sources = (
@@ -138,7 +149,7 @@ def test_hashes_fall_into_one_shard_each(count, seed):
 
 @given(st.floats(0, 5), st.integers(0, 2**16))
 def test_copies_are_the_weight_on_average(weight, seed):
-    copies = [shards._copies(seed, f"k{n}", weight) for n in range(300)]
+    copies = [stage_read.copies(seed, f"k{n}", weight) for n in range(300)]
     assert set(copies) <= {int(weight), int(weight) + 1}
     assert abs(np.mean(copies) - weight) < 5 * 0.5 / 300**0.5
 

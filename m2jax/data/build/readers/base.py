@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +27,15 @@ class Source(NamedTuple):
     language: str = ""  # of captions that do not say theirs
     evaluation: bool = False  # what it shows is kept out of the shards, and so is it
 
+    def label(self, file: Path) -> str:
+        """What a file is called within the source: its path from the folder that all share."""
+        return file.absolute().relative_to(_shared(self.files)).as_posix()
+
+
+@functools.lru_cache(maxsize=64)
+def _shared(files: tuple[Path, ...]) -> str:
+    return os.path.commonpath([file.absolute().parent for file in files])
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -40,7 +51,7 @@ class Unit:
 class Sample:
     """What a reader found: not looked into yet."""
 
-    key: str  # within the source: FILE#PLACE
+    key: str  # FILE#PLACE, the file by its last name
     image: bytes
     captions: tuple[Caption, ...]
     url: str = ""
@@ -89,14 +100,15 @@ def inside(folder: Path, name: str) -> Path | None:
 
 def image_file(folder: Path, name: str, key: str) -> bytes | Rejected:
     """The bytes of an image that a table names."""
-    path = inside(folder, name)
-    if path is None:
-        return Rejected(key, "path outside", f"{name!r} leads out of {folder.name}")
     try:
+        path = inside(folder, name)
+        if path is None:
+            return Rejected(key, "path outside", f"{name!r} leads out of {folder.name}")
         if not path.is_file():
             return Rejected(key, "missing image", f"no file {name!r}")
         if path.stat().st_size > IMAGE_BYTES:
             return Rejected(key, "image too large", f"{path.stat().st_size:,} bytes")
         return path.read_bytes()
-    except OSError as error:
-        return Rejected(key, "missing image", f"{name!r}: {error.strerror}")
+    except (OSError, ValueError, RuntimeError) as error:  # names of lone surrogates, loops of links
+        why = error.strerror if isinstance(error, OSError) else "no file can be called so"
+        return Rejected(key, "missing image", f"{name!r:.200}: {why}")

@@ -70,7 +70,9 @@ class Coco:
 def _lists(file: Path) -> tuple[list[Any], list[Any]]:
     """Images and annotations."""
     found = json.loads(file.read_bytes())
-    images, annotations = found["images"], found["annotations"]
+    if not isinstance(found, dict):
+        raise TypeError("no object")
+    images, annotations = found.get("images"), found.get("annotations")
     if not isinstance(images, list) or not isinstance(annotations, list):
         raise TypeError("images and annotations must be lists")
     return images, annotations

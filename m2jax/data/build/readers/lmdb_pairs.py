@@ -11,6 +11,7 @@ import base64
 import binascii
 import io
 import pickle
+import pickletools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from m2jax.data.build.readers.tsv64 import URL_SAFE
 from m2jax.data.build.records import Caption, Rejected
 
 UNIT_ROWS = 20_000
+MEMO = 1000  # objects that a pickle numbers, at most: Python makes room for all up to the last
 
 
 class LmdbPairs:
@@ -72,9 +74,18 @@ def _opened(folder: Path) -> Any:
     if not (folder / "data.mdb").is_file():
         raise UserError(f"{folder}: no data.mdb: name the folder that holds pairs and imgs")
     try:
-        return lmdb.open(str(folder), readonly=True, lock=False, readahead=False, max_readers=64)
+        found = lmdb.open(str(folder), readonly=True, lock=False, readahead=False, max_readers=64)
     except lmdb.Error as error:
         raise UserError(f"{folder}: no LMDB ({error}): copy it again") from error
+    # Pages past the end of the file are in the map all the same: to touch one kills the process.
+    needed = (found.info()["last_pgno"] + 1) * found.stat()["psize"]
+    size = (folder / "data.mdb").stat().st_size
+    if size < needed:
+        found.close()
+        raise UserError(
+            f"{folder}: data.mdb is cut off: {size:,} bytes of {needed:,}: copy it again"
+        )
+    return found
 
 
 class _Plain(pickle.Unpickler):
@@ -87,6 +98,17 @@ class _Plain(pickle.Unpickler):
         raise pickle.UnpicklingError("asks for an object outside")
 
 
+def _pair(row: bytes) -> tuple[bytes, str]:
+    """The image's key and the text of a pickled pair; raises what a hostile one leads to."""
+    for code, argument, _ in pickletools.genops(row):  # also finds lengths past the end
+        if "PUT" in code.name and int(argument or 0) > MEMO:
+            raise pickle.UnpicklingError(f"numbers an object {argument}")
+    image_id, _, text = _Plain(io.BytesIO(row)).load()
+    if not isinstance(text, str) or not isinstance(image_id, (int, str)):
+        raise TypeError("not an id, an id and a text")
+    return str(image_id).encode(), text
+
+
 def _sample(key: str, row: bytes | None, files: Any, language: str) -> Sample | Rejected:
     """One pair."""
     if row is None:
@@ -94,14 +116,15 @@ def _sample(key: str, row: bytes | None, files: Any, language: str) -> Sample | 
     if len(row) > base.TEXT_BYTES:
         return Rejected(key, "damaged row", f"{len(row):,} bytes")
     try:
-        image_id, _, text = _Plain(io.BytesIO(row)).load()
-        if not isinstance(text, str) or not isinstance(image_id, (int, str)):
-            raise TypeError("not an id, an id and a text")
+        image_id, text = _pair(row)
     except Exception as error:  # what a hostile pickle raises is anybody's guess
         return Rejected(key, "damaged row", f"no plain pair: {error}"[:200])
-    data = files.get(str(image_id).encode())
+    try:
+        data = files.get(image_id)
+    except lmdb.BadValsizeError:  # an empty key, or a long one
+        data = None
     if data is None:
-        return Rejected(key, "missing image", f"no image {image_id!r:.80}")
+        return Rejected(key, "missing image", f"no image {image_id.decode()!r:.80}")
     try:
         image = base64.b64decode(bytes(data).translate(URL_SAFE), validate=True)
     except (binascii.Error, ValueError) as error:

@@ -54,9 +54,10 @@ class Tars:
                         key, group = sample, {}
                     if kind in IMAGES or kind in METADATA or kind.endswith(".txt"):
                         group[kind] = _content(tar, handle, info)
+                wrong = _after(handle, tar.offset)
             yield from _sample(f"{name}#{key}", group, source.language)
-            if not _ends(unit.file):
-                yield Rejected(name, "damaged file", "the tar has no end: it was cut off")
+            if wrong:
+                yield Rejected(name, "damaged file", wrong)
         except (tarfile.TarError, OSError, EOFError, ValueError) as error:
             yield from _sample(f"{name}#{key}", group, source.language)
             yield Rejected(name, "damaged file", f"no whole tar: {error}")
@@ -91,14 +92,18 @@ def _content(tar: tarfile.TarFile, handle: IO[bytes], info: tarfile.TarInfo) -> 
     return data
 
 
-def _ends(file: Path) -> bool:
-    """Whether a tar ends with its block of zeros."""
-    with file.open("rb") as handle:
-        handle.seek(0, 2)
-        if handle.tell() < 1024:
-            return False
-        handle.seek(-1024, 2)
-        return not any(handle.read(1024))
+def _after(handle: IO[bytes], offset: int) -> str:
+    """What is wrong with the bytes after the last member; "" where they are a tar's zeros.
+
+    ``tarfile`` takes a header that it cannot read, and a block of zeros, for the end.
+    """
+    size = handle.seek(0, 2) - offset
+    handle.seek(offset)
+    if size >= tarfile.BLOCKSIZE:
+        while part := handle.read(2**20):
+            if any(part):
+                return f"bad header at byte {offset}: the rest is lost"
+    return "" if size >= 2 * tarfile.BLOCKSIZE else "the tar has no end: it was cut off"
 
 
 def _sample(key: str, group: Mapping[str, bytes], language: str) -> Iterator[Sample | Rejected]:

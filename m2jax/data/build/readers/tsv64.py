@@ -19,6 +19,7 @@ from m2jax.config import UserError
 from m2jax.data.build.readers import base
 from m2jax.data.build.readers.base import Sample, Source, Unit
 from m2jax.data.build.records import Caption, Rejected
+from m2jax.data.text import well_formed
 
 IMAGES, TEXTS = "_imgs.tsv", "_texts.jsonl"
 UNIT_BYTES = 2**28  # of the first file
@@ -33,7 +34,7 @@ class Tsv64:
         """See ``Reader``."""
         if not file.name.endswith(IMAGES):
             raise UserError(f"{file}: name the ..{IMAGES} files, their texts are found beside them")
-        for needed in (file, _texts(file)):
+        for needed in (file, texts_of(file)):
             if not needed.is_file():
                 raise UserError(f"{needed}: no such file: both {IMAGES} and {TEXTS} are needed")
         size = file.stat().st_size
@@ -46,7 +47,7 @@ class Tsv64:
         name, begin, end = unit.file.name, unit.span["begin"], unit.span["end"]
         with closing(sqlite3.connect("")) as index, unit.file.open("rb") as lines:
             # On disk once it outgrows SQLite's cache: texts of a hundred million images fit.
-            bad = _index(index, _texts(unit.file))
+            bad = _index(index, texts_of(unit.file))
             if begin == 0:
                 yield from bad
             if begin:
@@ -62,7 +63,10 @@ class Tsv64:
                     yield _sample(f"{name}#", at, line, index, source.language)
 
 
-def _texts(file: Path) -> Path:
+def texts_of(file: Path) -> Path:
+    """The file of texts beside one of images; any other file itself."""
+    if not file.name.endswith(IMAGES):
+        return file
     return file.with_name(file.name.removesuffix(IMAGES) + TEXTS)
 
 
@@ -89,11 +93,13 @@ def _index(index: sqlite3.Connection, file: Path) -> list[Rejected]:
                     ids, text = found["image_ids"], found["text"]
                     if not isinstance(text, str) or not isinstance(ids, list):
                         raise TypeError("text and image_ids are of other kinds")
+                    names = [str(i) for i in ids]
+                    "".join(names).encode()  # SQLite takes no lone surrogates
                 except (ValueError, TypeError, KeyError, RecursionError) as error:
                     kind = "text not UTF-8" if isinstance(error, UnicodeError) else "damaged text"
                     bad.append(Rejected(f"{file.name}#line {number}", kind, str(error)[:200]))
                     continue
-                yield from ((str(i), number, text) for i in ids)
+                yield from ((one, number, well_formed(text)) for one in names)
 
     index.executemany("INSERT INTO texts VALUES (?, ?, ?)", rows())
     index.execute("CREATE INDEX by_image ON texts (image, place)")
