@@ -194,6 +194,17 @@ def _source(words: str, *, evaluation: bool) -> Any:
     return Source(name, kind, tuple(dict.fromkeys(files)), evaluation=evaluation)
 
 
+def _writes(flag: str, model: str) -> bool:
+    """Whether a model has a caption head."""
+    from m2jax.captioner import can_write
+    from m2jax.config import UserError
+
+    try:
+        return can_write(model)
+    except UserError as error:
+        raise UserError(f"{flag} {model}: {error}") from None
+
+
 def _scoring(args: argparse.Namespace) -> tuple[Any, Any]:
     """What is done about low scores, and by which models."""
     from m2jax.config import UserError
@@ -206,11 +217,12 @@ def _scoring(args: argparse.Namespace) -> tuple[Any, Any]:
         return Scoring(), Models()
     if args.score_batch < 1:
         raise UserError(f"--score-batch {args.score_batch}: must be at least 1")
-    from m2jax.captioner import can_write
     from m2jax.cli import build_models
 
     low = args.low_score or "rewrite"
-    captioner = args.captioner or (args.score_model if can_write(args.score_model) else "")
+    captioner = args.captioner or (
+        args.score_model if _writes("--score-model", args.score_model) else ""
+    )
     rewriter = None
     if low == "rewrite":
         if not captioner:
@@ -219,7 +231,7 @@ def _scoring(args: argparse.Namespace) -> tuple[Any, Any]:
                 "--low-score drop or keep"
             )
         own = ":" in captioner and not Path(captioner).exists()
-        if not own and not can_write(captioner):
+        if not own and not _writes("--captioner", captioner):
             raise UserError(f"--captioner {captioner}: no run with a caption head: name another")
         made = build_models.CaptionRewriter(captioner, args.score_batch)
         rewriter = build_models.Named(captioner) if own else build_models.Made(made)

@@ -82,12 +82,12 @@ def test_a_build_from_the_shell(tmp_path, capsys):
         (["--aspect", "0"], "--aspect 0.0: must lie between"),
         (["--low-score", "drop"], "no scores to judge by: add --score-model"),
         (["--captioner", "x"], "no scores to judge by: add --score-model"),
-        (["--score-model", "x"], "--score-model x: cannot write captions: add --captioner"),
+        (["--score-model", "x"], "--score-model x: x: no such directory"),
         (
             ["--score-model", "nowhere", "--low-score", "keep"],
             "--score-model nowhere: nowhere: no",
         ),
-        (["--score-model", "x", "--captioner", "y"], "--captioner y: no run with a caption head"),
+        (["--score-model", "x", "--captioner", "y"], "--captioner y: y: no such directory"),
         (["--score-model", "x", "--score-batch", "0"], "--score-batch 0: must be at least 1"),
     ],
 )
