@@ -92,9 +92,18 @@ class Cluster:
         return until(lambda: (s := self.show(job))["JobState"] in states and s, seconds)
 
     def go(self, job: int) -> None:
-        """Starts a requeued job now: Slurm would let it wait two minutes."""
+        """Starts a requeued job now: Slurm would let it wait two minutes.
+
+        Said until it is heard: an update while the requeue is under way is lost.
+        """
         self.wait(job, "PENDING")
-        until(lambda: self.run("scontrol", "update", f"JobId={job}", "StartTime=now") == "", 20)
+
+        def started() -> bool:
+            with contextlib.suppress(RuntimeError):
+                self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+            return self.show(job)["JobState"] != "PENDING"
+
+        until(started, 60)
 
     def pids(self, job: int, rank: int) -> list[int]:
         """Processes of one task, found by their environment."""
