@@ -139,6 +139,8 @@ def main():
     parser.add_argument("--folder", type=Path, help="for the files (default: a temporary one)")
     args = parser.parse_args()
     for count in args.records:
+        if args.folder:
+            args.folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=args.folder) as name:
             folder = Path(name)
             words, truth = build_inputs.write(folder / "in", count, seed=args.seed)
