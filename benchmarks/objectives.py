@@ -29,6 +29,8 @@ from m2jax.obs.metrics import read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = ("itc", "itc+ic", "sycoca-random", "sycoca", "m2")
+# Few enough concepts for 300 steps to show each some 350 times.
+CONCEPTS, SUITE = 120, "emoji-scenes-120"
 STYLES, LANGUAGES = ("fluent", "openmoji"), ("en", "zh")
 COLUMNS = ("mean_recall", "i2t_r1", "pointing", "cider", "bleu4")  # of scenes, in per cent
 
@@ -64,12 +66,17 @@ def experiment(row, seed, steps):
         base,
         model=config.resolve(model),
         data=dataclasses.replace(
-            base.data, name="emoji-scenes", views=1, batch_size=64, augment=augment
+            base.data,
+            name="emoji-scenes",
+            concepts=CONCEPTS,
+            views=1,
+            batch_size=64,
+            augment=augment,
         ),
         loss=losses(row),
         train=dataclasses.replace(base.train, steps=steps, seed=seed, log_every=20),
         checkpoint=dataclasses.replace(base.checkpoint, every=100),
-        eval=dataclasses.replace(base.eval, suite="" if row == "tokenizer" else "emoji-scenes"),
+        eval=dataclasses.replace(base.eval, suite="" if row == "tokenizer" else SUITE),
     )
 
 

@@ -99,6 +99,7 @@ class Data:
     views: int = 1  # drawings of one concept in a batch; the texts are shared between them
     languages: tuple[str, ...] = ("en", "zh")  # texts of a row; "any": one, in whichever it has
     keywords: float = 0.0  # probability that a keyword stands for, or beside, the name
+    concepts: int = 0  # emoji-scenes: so many of the seen concepts alone, spread evenly; 0: all
     hold_out_styles: tuple[str, ...] = ()  # kept out of training for tuning; they become validation
     prefetch: int = 2  # batches prepared ahead of the step, each by its own thread
     workers: int = 0  # processes that prepare batches instead of threads of this one

@@ -14,7 +14,8 @@ from typing import Any
 from m2jax.cli import files
 
 EPILOG = """\
-suites without a data set of their own: emoji, emoji-scenes, emoji-validation (built at first use)
+suites without a data set of their own (built at first use): emoji, emoji-validation, emoji-scenes,
+  emoji-scenes-120 (of the concepts of a training with data.concepts=120)
 
 suites over --data [READER:]PATH:
   zero-shot, linear-probe, fine-tune   pictures with labels (zero-shot: one or several each)

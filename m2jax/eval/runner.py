@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -93,14 +94,17 @@ def emoji_validation(model: Encoder, setting: Setting) -> Evaluation:
     return Evaluation(metrics, rows, figures.examples(found))
 
 
-def emoji_scenes(model: Encoder, setting: Setting) -> Evaluation:
-    """Composed scenes in both test styles: retrieval, captions, pointing."""
+def emoji_scenes(model: Encoder, setting: Setting, *, concepts: int = 0) -> Evaluation:
+    """Composed scenes in both test styles: retrieval, captions, pointing.
+
+    With ``concepts`` of so many concepts alone, those that ``data.concepts`` trains on.
+    """
     data = emoji_data.load(emoji_data.default_directory(setting.data_dir))
     metrics: dict[str, float] = {}
     for style in TEST_STYLES:
         metrics |= scenes_suite.score_style(
             model,
-            scenes_suite.pictures(data, data.drawings(style)),
+            scenes_suite.pictures(data, data.drawings(style), concepts=concepts),
             name=style,
             languages=setting.languages,
             batch=setting.batch,
@@ -132,6 +136,7 @@ SUITES: dict[str, Suite] = {
     "emoji": emoji,
     "emoji-validation": emoji_validation,
     "emoji-scenes": emoji_scenes,
+    "emoji-scenes-120": functools.partial(emoji_scenes, concepts=120),
 }
 VALIDATION = {"emoji": "emoji-validation"}  # what a run that ends in a suite scores on its way
 

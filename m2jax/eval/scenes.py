@@ -63,8 +63,18 @@ class Pictures(NamedTuple):
     images: list[Image.Image]
 
 
-def pictures(data: EmojiData, drawings: Drawings, count: int = COUNT) -> Pictures:
-    """The scenes of one style: of seen concepts, and of drawings that go by one name alone."""
+def pictures(
+    data: EmojiData, drawings: Drawings, count: int = COUNT, *, concepts: int = 0
+) -> Pictures:
+    """The scenes of one style: of seen concepts, and of drawings that go by one name alone.
+
+    Args:
+        data: names and concepts.
+        drawings: of the style.
+        count: scenes.
+        concepts: so many of the seen concepts alone; 0: all.
+    """
+    drawings = scenes_lib.of_concepts(data, drawings, concepts)
     alone = np.array([len(names) == 1 for names in data.answers(drawings)])
     drawings = drawings.where(data.is_seen(drawings) & alone)
     rngs = [np.random.default_rng((SEED, number)) for number in range(count)]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scenes say what they show."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -116,3 +117,36 @@ def test_what_does_not_go_with_scenes_is_said():
     tokenizer = SentencePieceTokenizer(made.tokenizer_model, 12)
     with pytest.raises(UserError, match=r"model\.image_size=24"):
         scenes.SceneBatches(made, Data(batch_size=8), tokenizer, size=24, seed=5)
+
+
+@given(st.integers(2, 40), st.sets(st.integers(0, 39), max_size=30))
+def test_so_many_seen_concepts_are_spread_evenly(count, unseen):
+    made, _ = emoji()
+    concepts = [
+        dataclasses.replace(made.concepts[0], id=i, seen=i not in unseen) for i in range(40)
+    ]
+    made = dataclasses.replace(made, concepts=tuple(concepts))
+    ids = np.arange(80, dtype=np.int32) % 40
+    drawings = Drawings(np.zeros((80, 64, 64, 4), np.uint8), ids, ("one",) * 40 + ("two",) * 40)
+    seen = sorted({*range(40)} - unseen)
+    if count > len(seen):
+        with pytest.raises(
+            UserError, match=rf"data\.concepts={count}: the emoji set has {len(seen)}"
+        ):
+            scenes.of_concepts(made, drawings, count)
+        return
+    chosen = scenes.of_concepts(made, drawings, count)
+    kept, times = np.unique(chosen.concept, return_counts=True)
+    assert len(kept) == count
+    assert (times == 2).all()  # in every style
+    gaps = np.diff([seen.index(concept) for concept in kept])
+    assert gaps.max(initial=1) - gaps.min(initial=len(seen)) <= 1
+    assert scenes.of_concepts(made, drawings, 0) is drawings
+
+
+def test_a_training_of_few_concepts_shows_no_other():
+    few = batches(concepts=2).batch(0, slice(0, 8))
+    every = batches().batch(0, slice(0, 8))
+    assert len(np.unique(few["text"])) < len(np.unique(every["text"]))
+    colours = {tuple(row) for row in few["image"].reshape(-1, 4).tolist() if row[3] == 255}
+    assert colours == {(*COLOURS[0], 255), (*COLOURS[2], 255)}

@@ -211,6 +211,20 @@ def test_drawings_that_look_alike_and_unseen_concepts_are_not_asked_for(colours)
     assert {name for scene in shown.scenes for name in scene.names["en"]} == {"sun", "cat"}
 
 
+def test_a_suite_of_few_concepts_asks_for_those_of_its_training(monkeypatch):
+    asked = set()
+
+    def score(model, shown, **kwargs):
+        asked.update(name for scene in shown.scenes for name in scene.names["en"])
+        return {}
+
+    monkeypatch.setattr(runner.emoji_data, "load", lambda directory: data())
+    monkeypatch.setattr(runner.scenes_suite, "score_style", score)
+    runner.emoji_scenes(None, runner.Setting("", ("en",), 8, (), None), concepts=2)
+    chosen = scenes_lib.of_concepts(data(), data().drawings("fluent"), 2)
+    assert asked == {data().concepts[i].names["en"] for i in chosen.concept}
+
+
 def test_the_suite_takes_a_model_without_patches_and_without_captions(monkeypatch, tmp_path):
     monkeypatch.setattr(runner.emoji_data, "load", lambda directory: data())
     monkeypatch.setattr(report, "load_emoji", lambda directory: data())

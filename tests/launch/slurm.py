@@ -94,9 +94,9 @@ class Cluster:
     def go(self, job: int) -> None:
         """Starts a requeued job now: Slurm would let it wait two minutes.
 
-        Said until it is heard: an update while the requeue is under way is lost. And not in the same
-        second: slurmd tells a job's credentials apart by their second, and one that is as old as
-        the end of the last attempt counts as revoked, for which Slurm gives the job up.
+        Said until it is heard: an update while the requeue is under way is lost. And not at once:
+        slurmd knows a job's credentials by their second, and takes one as old as the end of the
+        last attempt for revoked, whereupon Slurm gives the job up.
         """
         self.wait(job, "PENDING")
         time.sleep(3)

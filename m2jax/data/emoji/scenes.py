@@ -54,6 +54,20 @@ class Scene(NamedTuple):
     statements: dict[str, tuple[str, ...]]  # all the templates say of it, the caption first
 
 
+def of_concepts(data: EmojiData, drawings: Drawings, count: int) -> Drawings:
+    """The drawings of ``count`` seen concepts, spread evenly over Unicode's order; 0: all drawings.
+
+    Unicode puts like beside like, so these differ from each other more than those of a run do.
+    """
+    if not count:
+        return drawings
+    seen = np.flatnonzero([concept.seen for concept in data.concepts])
+    if not 2 <= count <= len(seen):
+        raise UserError(f"data.concepts={count}: the emoji set has {len(seen)}: use 2 to that many")
+    chosen = seen[np.arange(count) * len(seen) // count]
+    return drawings.where(np.isin(drawings.concept, chosen))
+
+
 def compose(
     data: EmojiData, drawings: Drawings, rng: np.random.Generator, kind: str | None = None
 ) -> Scene:
@@ -168,7 +182,8 @@ class SceneBatches:
                 "it to 0"
             )
         self._data, self._cfg, self._size, self._seed = data, cfg, size, seed
-        self._drawings = data.drawings("train", hold_out_styles=cfg.hold_out_styles)
+        drawings = data.drawings("train", hold_out_styles=cfg.hold_out_styles)
+        self._drawings = of_concepts(data, drawings, cfg.concepts)
         self._tokenizer = tokenizer
         preprocess = Preprocess(size, background="white")
         self.assets: dict[str, Any] = {
