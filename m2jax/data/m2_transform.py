@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The M2 release's changes to training images, made by PIL on the host.
 
-Its transform (spec section 9) is a random crop of 0.8 to 1 of the area resized with bicubic
-weights, a mirror image one time in two, and RandAugment(2, 7) of the ten changes below, in the
-form that ALBEF made common: two changes drawn with replacement, each made one time in two, strength
-7 on a scale of 10, what is uncovered filled with mid-grey. That the release's own copy has these
-strengths was not seen. A mirror image turns "left of" in a caption into a lie: for captions of
-positions leave this off.
+Its transform (``vlmo/transforms/square_transform.py`` and ``randaugment.py``) is a random crop of
+0.8 to 1 of the area resized with bicubic weights, a mirror image one time in two, and
+RandAugment(2, 7) of the ten changes below, a form it has from ALBEF: two changes drawn with
+replacement, each made one time in two, strength 7 on a scale of 10, what is uncovered filled with
+mid-grey. It moves and sharpens by OpenCV; here PIL does, at the same strengths. A mirror image
+turns "left of" in a caption into a lie: for captions of positions leave this off.
 
 The device-side changes of ``data.augment`` are another matter and may come on top.
 """

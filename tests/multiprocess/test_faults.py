@@ -92,6 +92,18 @@ def test_a_kill(tmp_path, whole, victim, step, saving):
 
 
 @pytest.mark.soak
+def test_a_kill_of_those_who_prepare_batches(tmp_path, whole):
+    """The run ends, and says why, instead of waiting for batches that never come."""
+    fault = {"kind": "orphan", "step": 10, "process": 1}
+    job = harness.launch(tmp_path, *SHAPE, "data.workers=1", "data.prefetch=2", faults=(fault,))
+    assert 0 not in job.wait()
+    assert "Worker process was terminated unexpectedly with exit code -9" in job.output(1)
+    assert max(harness.losses(tmp_path)) < 24
+    finish(tmp_path, *SHAPE, "data.workers=1")
+    assert_same(tmp_path, whole)
+
+
+@pytest.mark.soak
 def test_four_processes(tmp_path):
     finish(tmp_path / "whole", 4, 1)
     fault = {"kind": "kill", "step": 9, "process": 2, "after": 0.02}

@@ -10,6 +10,7 @@ faults (``Fault``).
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import resource
 import signal
@@ -33,10 +34,11 @@ from m2jax.train import main as train_main
 class Fault:
     """What befalls a process, and when.
 
-    ``kind``: ``kill`` (SIGKILL), ``term`` (SIGTERM to itself), ``usr1``, ``stall`` (the step's
-    batch never comes), ``slow`` (every step from this one on takes ``after`` seconds longer),
-    ``full`` (files may not grow past ``bytes``, as on a full disk). ``step``:
-    the number of the step that is about to begin; with ``saving``, that whose save has started.
+    ``kind``: ``kill`` (SIGKILL), ``term`` (SIGTERM to itself), ``usr1``, ``orphan`` (SIGKILL to the
+    processes that prepare its batches), ``stall`` (the step's batch never comes), ``slow`` (every
+    step from this one on takes ``after`` seconds longer), ``full`` (files may not grow past
+    ``bytes``, as on a full disk). ``step``: the number of the step that is about to begin; with
+    ``saving``, that whose save has started.
     """
 
     kind: str
@@ -56,6 +58,11 @@ class Fault:
     def _now(self) -> None:
         if self.kind == "stall":
             time.sleep(3600)
+        elif self.kind == "orphan":
+            workers = multiprocessing.active_children()
+            assert workers, "nobody to kill"
+            for worker in workers:
+                worker.kill()
         elif self.kind == "full":
             # Writing past the limit fails with EFBIG where SIGXFSZ is ignored, which Python does.
             resource.setrlimit(resource.RLIMIT_FSIZE, (self.bytes, resource.RLIM_INFINITY))
