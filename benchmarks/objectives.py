@@ -9,8 +9,8 @@ attentive masking); m2 (ITC, CMLM, CMIM). All are trained on composed scenes of 
 scored on scenes in styles they never saw. M2's visual tokenizer is distilled from the itc run of
 the same seed, in as many steps: those two are made first where they are missing.
 
-A finished run leaves scores.json in a folder named by commit and config, and is not made again; one
-that was cut off is resumed by `m2jax train`. The table of what is there is printed after each run.
+A finished run leaves scores.json in a folder named by the code of m2jax/ (git's hash of it) and the
+config, and is not made again; one that was cut off is resumed by `m2jax train`. The table of what is there is printed after each run.
 """
 
 import argparse
@@ -80,28 +80,28 @@ def experiment(row, seed, steps):
     )
 
 
-def commit():
-    """The tree's commit; a changed tree is told apart by the hash of its changes."""
+def tree():
+    """Names the program's code: git's hash of it, and of what is changed and not committed."""
     git = ["git", "-C", str(ROOT)]
-    head = subprocess.run(
-        [*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, check=True
+    made = subprocess.run(
+        [*git, "rev-parse", "--short=10", "HEAD:m2jax"], capture_output=True, check=True
     )
     changes = subprocess.run([*git, "diff", "HEAD", "--", "m2jax"], capture_output=True, check=True)
     mark = f"+{hashlib.sha256(changes.stdout).hexdigest()[:6]}" if changes.stdout else ""
-    return head.stdout.decode().strip() + mark
+    return made.stdout.decode().strip() + mark
 
 
 class Runs:
     """The runs under one folder."""
 
     def __init__(self, out, steps):
-        self.out, self.steps, self.commit = out.absolute(), steps, commit()
+        self.out, self.steps, self.tree = out.absolute(), steps, tree()
 
     def folder(self, row, seed):
         """Of a run; its config includes, by their folders, the runs it starts from."""
         text = config.to_json(self.config(row, seed)).replace(str(self.out), "")
         code = hashlib.sha256(text.encode()).hexdigest()[:10]
-        return self.out / f"{row}-{seed}" / f"{self.commit}-{code}"
+        return self.out / f"{row}-{seed}" / f"{self.tree}-{code}"
 
     def config(self, row, seed):
         """The experiment with the runs it needs named."""
