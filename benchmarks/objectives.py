@@ -10,7 +10,8 @@ scored on scenes in styles they never saw. M2's visual tokenizer is distilled fr
 the same seed, in as many steps: those two are made first where they are missing.
 
 A finished run leaves scores.json in a folder named by the code of m2jax/ (git's hash of it) and the
-config, and is not made again; one that was cut off is resumed by `m2jax train`. The table of what is there is printed after each run.
+config, and is not made again; one that was cut off is resumed by `m2jax train`. The table of what
+is there is printed after each run.
 """
 
 import argparse
