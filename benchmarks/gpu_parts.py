@@ -53,10 +53,13 @@ PARTS = (
         {"batch": 512, "remat": "attention", "attention": "cudnn"},
         {"batch": 512, "remat": "full", "attention": "cudnn"},
     )),
-    Part("torch train 1b", PEER, 80, training(
-        "1b", {"batch": 256}, {"batch": 128}, kind="train"
+    Part("torch train 1b", PEER, 90, training(
+        "1b",
+        {"batch": 256, "stream": "bfloat16"}, {"batch": 256},
+        {"batch": 128, "stream": "bfloat16"},
+        kind="train",
     ), needs="torch"),
-    Part("loss", "gpu_loss:losses", 60, (
+    Part("loss", "gpu_loss:losses", 80, (
         {"pairs": 262_144, "impl": "chunked", "tile": 4096, "wire": "bfloat16"},
         {"pairs": 262_144, "impl": "chunked", "tile": 2048, "wire": "bfloat16"},
         {"pairs": 262_144, "impl": "chunked", "tile": 1024, "wire": "bfloat16"},
@@ -96,7 +99,7 @@ PARTS = (
         {"batch": 512, "remat": "none", "attention": "cudnn", "unroll": 12},
     )),
     Part("torch train 0.4b", PEER, 120, training(
-        "0.4b", {"batch": 512}, {"batch": 512, "compile": "model"}, kind="train"
+        "0.4b", {}, {"compile": "model"}, batch=512, stream="bfloat16", kind="train"
     ), needs="torch"),
     Part("encode 0.4b", "gpu_encode:encodings", 50,
          encoding("0.4b", {"image": 1024, "text": 4096}, *EIGHT_BITS)),

@@ -12,7 +12,7 @@ from m2jax.dist.topology import chip_of
 
 EMPTY = "-"
 SIZES = ("size", "modality", "pairs", "impl", "tile", "wire", "objectives", "remat", "attention",
-         "unroll", "fused_qkv", "products", "compile")  # fmt: skip
+         "unroll", "fused_qkv", "products", "compile", "stream")  # fmt: skip
 
 
 class Run(NamedTuple):

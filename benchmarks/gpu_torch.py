@@ -49,7 +49,7 @@ def model(case: dict, smoke: bool, *, compiled: bool = True) -> tuple[M2, object
     """A model on the card with its config."""
     cfg = model_of({"size": case["size"]}, smoke)
     with torch.device(DEVICE):
-        made = M2(cfg)
+        made = M2(cfg, getattr(torch, case.get("stream", "float32")))
     if compiled and case.get("compile", "layers") == "layers":
         for part in made.modules():
             if isinstance(part, Layer):
@@ -100,7 +100,7 @@ def _train(case: dict, smoke: bool) -> dict:
 
 @torch.inference_mode()
 def _encode(case: dict, smoke: bool) -> dict:
-    made, cfg = model(case, smoke)
+    made, cfg = model({**case, "stream": "bfloat16"}, smoke)
     made = made.eval().to(torch.bfloat16)
     rows = TINY_ROWS if smoke else rows_for(case, memory())
     pixels, ids, mask = inputs(cfg, rows)

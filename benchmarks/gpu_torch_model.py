@@ -55,10 +55,13 @@ class M2(nn.Module):
 
     Args:
         cfg: a resolved ``m2jax.config.Model``.
+        stream: precision of what passes from layer to layer. Autocast alone leaves it in float32;
+            m2jax has it in bfloat16, which moves half the bytes.
     """
 
-    def __init__(self, cfg):
+    def __init__(self, cfg, stream: torch.dtype = torch.float32):
         super().__init__()
+        self.stream = stream
         d, side = cfg.width, cfg.image_size // cfg.patch_size
         self.conv = nn.Conv2d(3, d, cfg.patch_size, cfg.patch_size)
         self.cls = nn.Parameter(torch.zeros(d))
@@ -78,6 +81,7 @@ class M2(nn.Module):
         pixels = (pixels.float() / 255 - 0.5) / 0.5
         x = self.conv(pixels).flatten(2).transpose(1, 2)
         x = torch.cat([self.cls.expand(len(x), 1, -1), x], 1) + self.image_positions
+        x = x.to(self.stream)
         first = self.image_backbone(x)
         return self._features(first, self.vl(first), self.image_vl_head, self.image_head)
 
@@ -85,7 +89,7 @@ class M2(nn.Module):
         self, ids: torch.Tensor, mask: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids and mask [b, n] -> unit rows of the vl layers, and of the backbone."""
-        x = (self.table(ids) + self.text_positions) * mask[..., None]
+        x = ((self.table(ids) + self.text_positions) * mask[..., None]).to(self.stream)
         keys = mask[:, None, None, :]
         first = self.text_backbone(x, keys)
         return self._features(first, self.vl(first, keys), self.text_vl_head, self.text_head)
