@@ -42,21 +42,44 @@ def by_cudnn(
 ) -> Float[Array, "batch queries heads dim"]:
     """``layers.attention`` in one kernel of cuDNN's, whose scores never reach the GPU's memory.
 
+    Its backward pass takes even lengths alone (jax refuses others, with a bias or without), so an
+    odd one, as of 196 patches and [CLS], is filled up with a token that nobody sees.
+
     Raises:
-        UserError: no cuDNN here, inputs of another precision than bfloat16 or float16, heads that
-            are too wide, or a bias in training whose queries or keys are odd in number.
+        UserError: no cuDNN here, inputs of another precision than bfloat16 or float16, or heads
+            that are wider than 128 or no multiple of 8.
     """
+    if q.dtype not in (jnp.bfloat16, jnp.float16) or q.shape[-1] > 128 or q.shape[-1] % 8:
+        raise UserError(
+            f"model.attention=cudnn: {q.dtype.name} heads of {q.shape[-1]}: it takes bfloat16 or "
+            "float16 and heads of at most 128, a multiple of 8: use batch"
+        )
+    queries, keys = q.shape[1], k.shape[1]
+    q, k, v = (_even(x, 1) for x in (q, k, v))
+    lengths = None
     if bias is not None:
         finite = jnp.maximum(bias, LOWEST).astype(q.dtype)
-        bias = jnp.broadcast_to(finite, (*bias.shape[:2], q.shape[1], k.shape[1]))
+        bias = jnp.broadcast_to(finite, (*bias.shape[:2], queries, keys))
+        bias = _even(_even(bias, 2), 3, LOWEST)
+    elif keys % 2:
+        lengths = jnp.full(len(q), keys, jnp.int32)
     try:
-        return jax.nn.dot_product_attention(q, k, v, bias, implementation="cudnn")
+        found = jax.nn.dot_product_attention(
+            q, k, v, bias, key_value_seq_lengths=lengths, implementation="cudnn"
+        )
     except (RuntimeError, NotImplementedError, ValueError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise UserError(
             f"model.attention=cudnn: cuDNN does not take {q.dtype.name}{list(q.shape)} here "
             f"({reason}): use batch"
         ) from error
+    return found[:, :queries]
+
+
+def _even(x: jax.Array, axis: int, value: float = 0.0) -> jax.Array:
+    """An axis made one longer where it is odd."""
+    widths = [(0, x.shape[i] % 2 if i == axis else 0) for i in range(x.ndim)]
+    return jnp.pad(x, widths, constant_values=value)
 
 
 def check(attention: str, mesh: Mesh) -> None:

@@ -85,23 +85,52 @@ def test_cudnn_is_refused_in_one_line_where_there_is_none():
         fused_attention.by_cudnn(q, q, q)
 
 
-def test_cudnn_is_given_finite_masks_of_whole_matrices(monkeypatch):
-    given = {}
+@pytest.fixture
+def cudnn(monkeypatch):
+    """Stands in for cuDNN's kernel: holds its inputs to what it takes, and computes by XLA."""
+    real, given = jax.nn.dot_product_attention, []
 
-    def kernel(q, k, v, bias, *, implementation):
-        given.update(bias=bias, implementation=implementation)
-        return q
+    def kernel(q, k, v, bias, *, key_value_seq_lengths, implementation):
+        assert implementation == "cudnn"
+        assert q.shape[1] % 2 == k.shape[1] % 2 == 0  # or no gradient
+        if bias is not None:
+            assert bias.shape[2:] == (q.shape[1], k.shape[1])
+            assert jnp.isfinite(bias).all()
+        given.append(bias)
+        return real(
+            q, k, v, bias, key_value_seq_lengths=key_value_seq_lengths, implementation="xla"
+        )
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
-    q, k = (numbers(SAMPLES, n, HEADS, DIM, dtype=jnp.bfloat16) for n in (5, 12))
-    _, padding, _ = biases(5, 12)
-    fused_attention.by_cudnn(q, k, k, bias=padding)
-    assert given["implementation"] == "cudnn"
-    assert given["bias"].shape == (SAMPLES, 1, 5, 12)
-    assert given["bias"].dtype == jnp.bfloat16
-    np.testing.assert_array_equal(given["bias"] == 0, jnp.broadcast_to(padding, (3, 1, 5, 12)) == 0)
-    assert jnp.isfinite(given["bias"]).all()
-    assert given["bias"].min() < -1e12
+    return given
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(6, 12), (7, 12), (7, 7), (6, 5)])
+def test_cudnn_is_given_what_it_takes_and_the_function_stays(cudnn, queries, keys):
+    q, k, v = (numbers(SAMPLES, n, HEADS, DIM, dtype=jnp.bfloat16) for n in (queries, keys, keys))
+    weight = numbers(SAMPLES, queries, HEADS, DIM)
+    for bias in biases(queries, keys):
+
+        def loss(q, k, v, form, bias=bias):
+            return (weight * form(q, k, v, bias=bias)).sum()
+
+        found = fused_attention.by_cudnn(q, k, v, bias=bias)
+        assert found.shape == q.shape
+        np.testing.assert_allclose(
+            np.asarray(found, np.float64), reference(q, k, v, bias), rtol=0, atol=2e-2
+        )
+        gradients = jax.grad(loss, argnums=(0, 1, 2))
+        exact = gradients(*(x.astype(jnp.float32) for x in (q, k, v)), layers.attention)
+        for one, other in zip(gradients(q, k, v, fused_attention.by_cudnn), exact, strict=True):
+            np.testing.assert_allclose(one.astype(jnp.float32), other, rtol=0, atol=6e-2)
+    assert len(cudnn) == 6
+
+
+@pytest.mark.parametrize(("dtype", "dim"), [("float32", 8), ("bfloat16", 136), ("bfloat16", 12)])
+def test_cudnn_refuses_what_it_does_not_take(dtype, dim):
+    q = jnp.zeros((1, 4, 2, dim), dtype)
+    with pytest.raises(UserError, match=rf"^model\.attention=cudnn: {dtype} heads of {dim}: "):
+        fused_attention.by_cudnn(q, q, q)
 
 
 def test_a_run_on_devices_without_cudnn_is_refused_before_it_starts():
