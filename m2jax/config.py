@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 from ml_collections import ConfigDict
 
 from m2jax.architectures import ARCHITECTURES, LIMITS
-from m2jax.config_values import REMAT, UserError, choices, from_mapping
+from m2jax.config_values import ATTENTION, REMAT, UserError, choices, from_mapping
 
-__all__ = ["REMAT", "UserError", "choices", "from_mapping"]  # everybody takes them from here
+# Everybody takes them from here.
+__all__ = ["ATTENTION", "REMAT", "UserError", "choices", "from_mapping"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,7 @@ class Model:
     param_dtype: str = "float32"
     drop_path: float = 0.0  # share of residual branches dropped in training, rising with depth
     patch_drop: float = 0.0  # share of image patches dropped in training (FLIP)
-    attention: str = "batch"  # batch | sample: one at a time, which stays in a CPU's cache
+    attention: str = "batch"  # a key of ATTENTION
     remat: str = "none"  # what the backward pass recomputes: a key of REMAT
     products: str = ""  # int8 | fp8: the encoder's, forward, in 8 bits (needs aqtp); "": in dtype
     fused_qkv: bool = True  # one product for queries, keys and values; three split over devices

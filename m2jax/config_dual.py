@@ -12,7 +12,7 @@ import json
 from dataclasses import dataclass, field
 
 from m2jax.architectures import MOST, MOST_LAYERS, MOST_PIXELS
-from m2jax.config import Model, UserError, from_mapping
+from m2jax.config import ATTENTION, Model, UserError, from_mapping
 
 FAMILIES = ("clip", "siglip", "chinese-clip")
 
@@ -22,7 +22,7 @@ _CHOICES = {
     "text_pooling": ("argmax", "eos", "last", "first"),
     "dtype": ("bfloat16", "float32", "float64"),
     "param_dtype": ("bfloat16", "float16", "float32", "float64"),
-    "attention": ("batch", "sample"),
+    "attention": tuple(ATTENTION),
     "remat": ("none", "full", "dots"),
 }
 
@@ -82,7 +82,7 @@ class Dual:
     logit_bias: bool = False  # SigLIP's, added to the scaled cosines
     dtype: str = "float32"  # of activations; normalisation and softmax are >= float32
     param_dtype: str = "float32"
-    attention: str = "batch"  # batch | sample: one at a time, which stays in a CPU's cache
+    attention: str = "batch"  # a key of ATTENTION
     remat: str = "none"  # none | full | dots: what the backward pass recomputes
     unroll: int = 1  # layers per iteration of the scan; >= the depth unrolls it
 

@@ -27,13 +27,23 @@ REMAT: Mapping[str, str] = types.MappingProxyType(
     }
 )
 
+# Forms of ``model.attention``: the same function, computed differently.
+ATTENTION: Mapping[str, str] = types.MappingProxyType(
+    {
+        "batch": "the whole batch at once",
+        "sample": "one sample at a time, which stays in a CPU's cache",
+        "xla": "the whole batch by jax.nn.dot_product_attention",
+        "cudnn": "one kernel of cuDNN's: NVIDIA GPUs, in bfloat16 or float16",
+    }
+)
+
 
 _CHOICES: Mapping[tuple[str, str], tuple[str, ...]] = types.MappingProxyType(
     {
         ("Model", "init"): ("torch", "scaled"),
         ("Model", "dtype"): ("bfloat16", "float32", "float64"),
         ("Model", "param_dtype"): ("bfloat16", "float16", "float32", "float64"),
-        ("Model", "attention"): ("batch", "sample"),
+        ("Model", "attention"): tuple(ATTENTION),
         ("Model", "remat"): tuple(REMAT),
         ("Model", "products"): ("", "int8", "fp8"),
         ("Optim", "name"): ("adamw", "adafactor", "lion", "muon"),

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from m2jax.models import quantised
+from m2jax.models import fused_attention, quantised
 
 Stack = tuple[int, ...]
 Init = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
@@ -220,7 +220,12 @@ def attention_by_sample(
 
 
 # By what a config calls them.
-ATTENTION = {"batch": attention, "sample": attention_by_sample}
+ATTENTION = {
+    "batch": attention,
+    "sample": attention_by_sample,
+    "xla": fused_attention.by_xla,
+    "cudnn": fused_attention.by_cudnn,
+}
 
 
 def drop_path(

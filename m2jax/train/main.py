@@ -177,12 +177,13 @@ def model_flops(experiment: Experiment, mesh: Mesh, model: Architecture | None =
     }
     plain = dataclasses.replace(
         experiment,
-        model=dataclasses.replace(cfg, remat="none"),
+        # A fused kernel hides its products from the trace; the plain form does not.
+        model=dataclasses.replace(cfg, remat="none", attention="batch"),
         loss=dataclasses.replace(loss, **whole),
         train=dataclasses.replace(experiment.train, accumulate=1),
     )
     if isinstance(model, Dual):
-        model = dataclasses.replace(model, remat="none")
+        model = dataclasses.replace(model, remat="none", attention="batch")
     task, step = assemble(plain, mesh, model)
     traced = step.run.trace(step.abstract_state, batch_shapes(task, plain, mesh))
     return flops.traced(traced.jaxpr)

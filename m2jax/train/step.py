@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from m2jax.config import Experiment, Guard, UserError
 from m2jax.dist.sharding import AxisRules, batch_sharding, batch_shards, replicated, use_rules
 from m2jax.losses import accumulation
+from m2jax.models import fused_attention
 from m2jax.models import params as params_lib
 from m2jax.optim import Optimizer, make_optimizer, state_shardings
 from m2jax.train import state as state_lib
@@ -41,8 +42,10 @@ def make_step(
     """Jits initialisation and step of a task with the places of every array fixed.
 
     Raises:
-        UserError: a parameter or the batch does not divide over the mesh; see ``make_gradient``.
+        UserError: a parameter or the batch does not divide over the mesh, a form of attention that
+            its devices do not have; see ``make_gradient``.
     """
+    fused_attention.check(experiment.model.attention, mesh)
     rules = rules or AxisRules()
     decay = experiment.optim.layer_decay
     optimizer = make_optimizer(

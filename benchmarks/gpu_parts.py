@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What benchmarks/gpu.py measures, most important first. Rows of a batch are those of an H200."""
+
+from typing import NamedTuple
+
+SHIPPED = {"size": "1b", "batch": 512, "remat": "products"}
+NO_COMMAND_BUFFERS = "--xla_gpu_enable_command_buffer="
+
+
+class Part(NamedTuple):
+    """Cases that run in one child process.
+
+    ``work`` is MODULE:FUNCTION, called with (cases, rows, smoke).
+    """
+
+    name: str
+    work: str
+    seconds: float  # it may take, start and compiling included
+    cases: tuple[dict, ...]
+    flags: str = ""  # of XLA, for this process
+    needs: str = "jax"
+
+
+def training(size: str, *variants: dict, **common) -> tuple[dict, ...]:
+    """Cases of one size."""
+    return tuple({"size": size, **common, **variant} for variant in variants)
+
+
+def encoding(size: str, rows: dict[str, int], *variants: dict) -> tuple[dict, ...]:
+    """Both modalities of one size, in each variant."""
+    return tuple(
+        {"size": size, "modality": modality, "batch": batch, **variant}
+        for variant in variants
+        for modality, batch in rows.items()
+    )
+
+
+EIGHT_BITS = ({}, {"products": "int8"}, {"products": "fp8"})
+STEP, PEER = "gpu_step:steps", "gpu_torch:peers"
+
+PARTS = (
+    Part("ceilings", "gpu_device:ceilings", 40, tuple(
+        {"what": what} for what in ("bfloat16", "copy", "float8", "int8", "tf32")
+    )),
+    Part("train 1b", STEP, 130, training(
+        "1b",
+        {"batch": 512, "remat": "products", "attention": "batch"},
+        {"batch": 512, "remat": "products", "attention": "cudnn"},
+        {"batch": 256, "remat": "none", "attention": "batch"},
+        {"batch": 256, "remat": "none", "attention": "cudnn"},
+        {"batch": 512, "remat": "products", "attention": "xla"},
+        {"batch": 512, "remat": "products", "attention": "cudnn", "fused_qkv": False},
+        {"batch": 512, "remat": "attention", "attention": "cudnn"},
+        {"batch": 512, "remat": "full", "attention": "cudnn"},
+    )),
+    Part("torch train 1b", PEER, 90, training(
+        "1b",
+        {"batch": 256, "stream": "bfloat16"}, {"batch": 256},
+        {"batch": 128, "stream": "bfloat16"},
+        kind="train",
+    ), needs="torch"),
+    Part("loss", "gpu_loss:losses", 80, (
+        {"pairs": 262_144, "impl": "chunked", "tile": 4096, "wire": "bfloat16"},
+        {"pairs": 262_144, "impl": "chunked", "tile": 2048, "wire": "bfloat16"},
+        {"pairs": 262_144, "impl": "chunked", "tile": 1024, "wire": "bfloat16"},
+        {"pairs": 32_768, "impl": "chunked", "tile": 4096, "wire": "bfloat16"},
+        {"pairs": 32_768, "impl": "dense"},
+        {"pairs": 262_144, "impl": "chunked", "tile": 4096},
+        {"pairs": 1_048_576, "impl": "chunked", "tile": 4096, "wire": "bfloat16"},
+    )),
+    Part("kernels 1b", "gpu_trace:traces", 60, ({**SHIPPED, "attention": "batch"},),
+         NO_COMMAND_BUFFERS),
+    Part("encode 1b", "gpu_encode:encodings", 60,
+         encoding("1b", {"image": 512, "text": 2048}, *EIGHT_BITS, {"attention": "cudnn"})),
+    Part("train 10b-slice", STEP, 90, training(
+        "10b-slice",
+        {"batch": 128, "remat": "attention", "attention": "batch"},
+        {"batch": 128, "remat": "attention", "attention": "cudnn"},
+        {"batch": 256, "remat": "full", "attention": "batch"},
+    )),
+    Part("encode 10b", "gpu_encode:encodings", 90,
+         encoding("10b", {"image": 256, "text": 1024}, *EIGHT_BITS)),
+    Part("torch encode", PEER, 60, (
+        *({**case, "kind": "encode"} for size, rows in (
+            ("1b", {"image": 512, "text": 2048}), ("0.4b", {"image": 1024, "text": 4096}),
+        ) for case in encoding(size, rows, {})),
+        {"kind": "loss", "pairs": 32_768},
+    ), needs="torch"),
+    Part("train 1b sycoca", STEP, 80, training(
+        "1b", {"attention": "batch"}, {"attention": "cudnn"},
+        batch=256, remat="products", objectives="itc+ic+tg-mim",
+    )),
+    Part("train 0.4b", STEP, 80, training(
+        "0.4b",
+        {"batch": 1024, "remat": "products", "attention": "batch"},
+        {"batch": 1024, "remat": "products", "attention": "cudnn"},
+        {"batch": 512, "remat": "none", "attention": "cudnn"},
+        {"batch": 256, "remat": "none", "attention": "cudnn"},
+        {"batch": 512, "remat": "none", "attention": "cudnn", "unroll": 12},
+    )),
+    Part("torch train 0.4b", PEER, 120, training(
+        "0.4b", {}, {"compile": "model"}, batch=512, stream="bfloat16", kind="train"
+    ), needs="torch"),
+    Part("encode 0.4b", "gpu_encode:encodings", 50,
+         encoding("0.4b", {"image": 1024, "text": 4096}, *EIGHT_BITS)),
+    Part("flags no command buffers", STEP, 50, ({**SHIPPED, "attention": "batch"},),
+         NO_COMMAND_BUFFERS),
+    Part("flags latency hiding", STEP, 50, ({**SHIPPED, "attention": "batch"},),
+         "--xla_gpu_enable_latency_hiding_scheduler=true"),
+    Part("flags no triton products", STEP, 50, ({**SHIPPED, "attention": "batch"},),
+         "--xla_gpu_enable_triton_gemm=false"),
+    Part("kernels 0.4b", "gpu_trace:traces", 50,
+         ({"size": "0.4b", "batch": 1024, "remat": "products", "attention": "batch"},),
+         NO_COMMAND_BUFFERS),
+    Part("batches 1b", STEP, 80, training(
+        "1b",
+        {"batch": 128, "remat": "none"}, {"batch": 64, "remat": "none"},
+        {"batch": 1024, "remat": "products"}, {"batch": 768, "remat": "full"},
+        attention="batch",
+    )),
+)  # fmt: skip
+
+
+def named(names: list[str]) -> list[Part]:
+    """The parts called so, or all; in the order above.
+
+    Raises:
+        SystemExit: a name that no part has.
+    """
+    known = {part.name for part in PARTS}
+    if unknown := set(names) - known:
+        raise SystemExit(f"no such part: {', '.join(sorted(unknown))}: use {', '.join(known)}")
+    return [part for part in PARTS if not names or part.name in names]
+
+
+def distinct(part: Part) -> list[dict]:
+    """Cases that differ from all before them in more than sizes: what a smoke run takes.
+
+    Every path is run once, with every knob and flag, and no path twice.
+    """
+    seen, found = [], []
+    for one in PARTS[: PARTS.index(part) + 1]:
+        for case in one.cases:
+            sizes = ("size", "batch", "pairs", "tile")
+            kind = one.work, one.flags, {k: v for k, v in case.items() if k not in sizes}
+            if kind not in seen:
+                seen.append(kind)
+                found += [case] if one is part else []
+    return found
