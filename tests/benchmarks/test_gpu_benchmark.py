@@ -209,7 +209,7 @@ def test_shares_are_of_the_ceilings_of_the_same_run(gpu):
     assert gpu.rows.share(1.0, 0.0) == "-"
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_whole_script_runs_at_tiny_sizes(tmp_path):
     out = tmp_path / "gpu.json"
     words = [sys.executable, str(BENCHMARKS / "gpu.py"), "--out", str(out), "--smoke"]
