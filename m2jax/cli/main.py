@@ -21,12 +21,26 @@ from m2jax.cli import (
     launch,
     plan,
     train,
+    video,
 )
 from m2jax.cli.terminal import printable
 from m2jax.dist.host import restart_with_huge_pages
 
 # Each has add_parser(subparsers) and run(args) -> exit code. None imports jax before it runs.
-VERBS = (doctor, data, train, evaluate, compare, explore, embed, convert, inspect, plan, launch)
+VERBS = (
+    doctor,
+    data,
+    train,
+    evaluate,
+    compare,
+    explore,
+    embed,
+    convert,
+    inspect,
+    plan,
+    launch,
+    video,
+)
 
 EXIT_CODES = (
     "exit codes: 0 done, 1 the program failed, 2 wrong usage or bad input, "
