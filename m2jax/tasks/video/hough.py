@@ -32,10 +32,7 @@ class HoughVoting:
         votes = np.where(similarity < self.min_sim, similarity.dtype.type(0), similarity)
         # Rows reversed and skewed, so that each diagonal of the map becomes a column.
         scores = _columns(votes[::-1]).sum(axis=0, dtype=np.float64)
-        # Not scores > 0: a threshold at or below 0 lets every diagonal vote.
-        hit = np.ones(n + m - 1, bool)
-        if self.min_sim > 0:
-            hit = _columns(votes[::-1] >= self.min_sim).any(axis=0)
+        hit = _columns(votes[::-1] >= self.min_sim).any(axis=0)
         offsets = np.flatnonzero(hit) - (n - 1)
         scores = scores[hit]
         best = np.argsort(-scores, kind="stable")[: self.max_peaks]

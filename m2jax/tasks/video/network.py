@@ -115,37 +115,42 @@ class _Graphs:
         parent = np.full((count, rows, ranks), -1)
         found: list[list[list[int]]] = [[] for _ in range(count)]
         orders: dict[int, dict[int, int]] = {}
-        active, first = list(range(count)), 0
+        active, first, last = list(range(count)), 0, rows
         for _ in range(self.settings.max_path + 1):
-            self._longest(total, parent, first, before)
+            self._longest(total, parent, first, last)
             changed = []
             for number in list(active):
                 path = self._take(number, total[number, before:], parent[number], orders)
                 if not path:
                     active.remove(number)
                     continue
-                changed.append(path[1][0])
+                changed += [path[1][0], path[-1][0]]
                 box = self._judged(number, path, found[number])
                 if box is not None:
                     found[number].append(box)
             if not active:
                 break
-            first = min(changed)
+            first, last = min(changed), max(changed)
         return found
 
-    def _longest(self, total: np.ndarray, parent: np.ndarray, first: int, before: int) -> None:
-        """Longest path to each node from row ``first`` on; the rows above have not changed."""
+    def _longest(self, total: np.ndarray, parent: np.ndarray, first: int, last: int) -> None:
+        """Longest path to each node; links have changed from row ``first`` to row ``last``."""
         count, rows, ranks = parent.shape
-        if not before:
-            return
-        for row in range(max(first, 1), rows):
+        before = total.shape[1] - rows
+        same = 0  # rows in a row whose lengths stayed
+        for row in range(max(first, 1), rows if before else 0):
+            if row > last and same >= before:
+                break  # nothing that later rows look at has changed
             past = total[:, row : row + before].reshape(count, 1, before * ranks)
             sums = past + self.weight[:, row]
             best = sums.argmax(axis=2)
-            length = np.take_along_axis(sums, best[:, :, None], axis=2)[:, :, 0]
+            length = sums.max(axis=2)
             linked = length >= 0  # and not -inf; a negative path is worse than none
-            total[:, before + row] = np.where(linked, length, 0)
-            parent[:, row] = np.where(linked, best, -1)
+            length[~linked] = 0
+            same = same + 1 if (length == total[:, before + row]).all() else 0
+            total[:, before + row] = length
+            best[~linked] = -1
+            parent[:, row] = best
 
     def _take(
         self, number: int, total: np.ndarray, parent: np.ndarray, orders: dict[int, dict[int, int]]

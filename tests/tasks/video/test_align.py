@@ -112,6 +112,12 @@ def test_stops_of_a_path():
     assert paths.cut(corner, 2) == [(0, 1), (4, 3), (6, 7)]  # (4, 3) runs backwards: dropped
 
 
+def test_boxes_that_overlap_by_just_the_threshold_stay():
+    voting = align.with_settings("HV", {"min_sim": 0.5, "iou_thresh": 0.25})
+    found = align.align(voting, [np.ones((2, 2), np.float32)])[0]
+    assert found.tolist() == [[0, 0, 1, 1], [1, 0, 1, 0], [0, 1, 0, 1]]
+
+
 def test_of_equal_ways_the_one_from_above_is_taken():
     ring = np.ones((3, 3), np.float32)
     ring[1, 1] = 0
