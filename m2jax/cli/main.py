@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 done, 1 the program failed, 2 bad input, 130 interrupted, or
         the verb's own.
     """
-    if argv is None and sys.argv[1:2] in (["train"], ["eval"], ["embed"], ["explore"]):
+    if argv is None and sys.argv[1:2] in (["train"], ["eval"], ["embed"], ["explore"], ["video"]):
         restart_with_huge_pages()
     words, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
     args = build_parser().parse_args(words)
