@@ -37,11 +37,13 @@ HOMES: dict[str, str | tuple[str, ...]] = {
     "clip_benchmark": "eval/clip_benchmark",
     "gradio": "eval/explore_page",
     "transformers": "checkpoint/convert",
+    "av": ("tasks/video/decode", "tasks/video/encode"),
+    "pymilvus": "tasks/video/vectors",
 }
 FORBIDDEN = {"tensorflow", "keras"}
 ONLY_IN_FUNCTIONS = {
     *("aqt", "torch", "transformers", "tokenizers", "huggingface_hub", "wandb"),
-    *("clip_benchmark", "gradio"),
+    *("clip_benchmark", "gradio", "av", "pymilvus"),
 }
 
 

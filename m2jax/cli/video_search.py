@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``m2jax video search``: which parts of a video come from a library's videos."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from m2jax.cli import files
+
+
+def add_parser(subparsers: Any) -> None:
+    """Declares the action."""
+    parser = subparsers.add_parser(
+        "search",
+        help="find which parts of a video come from a library's videos",
+        description="Looks up the nearest stored frames of each of the query's frames, makes a "
+        "sparse similarity map of each video that was hit, and finds segments on these maps. Times "
+        "are seconds; segments end where the copy is over.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", required=True, help="the model that the library was made with")
+    parser.add_argument("--index", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--query", required=True, type=Path, metavar="VIDEO")
+    parser.add_argument("--method", default="TN", help="HV, TN (default), DP or DTW")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
+    parser.add_argument("--candidates", type=int, default=20, help="videos looked at (default: 20)")
+    parser.add_argument(
+        "--nearest", type=int, default=20, help="stored frames per frame (default: 20)"
+    )
+    parser.add_argument(
+        "--full-maps", action="store_true", help="similarities of all frames of a candidate"
+    )
+    parser.add_argument(
+        "--raw", action="store_true", help="cosines as they are, the library's background not at 0"
+    )
+    parser.add_argument("--leave-out", default="", metavar="NAME", help="a video not looked at")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the matches here")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page of them here")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Searches, prints, writes."""
+    from m2jax.config import UserError
+    from m2jax.dist.host import load_devices
+    from m2jax.tasks.video import align, decode, features, library, page, search
+
+    for flag, value in (("--candidates", args.candidates), ("--nearest", args.nearest)):
+        if not 1 <= value <= 1000:
+            raise UserError(f"{flag} {value}: choose 1 to 1,000")
+    for flag, path in (("--json", args.json), ("--html", args.html)):
+        if path:
+            files.check_parent(path, flag)
+    decode.check()
+    method = align.chosen(args.method, args.set)
+    library.load(args.index)  # before the model: a wrong folder is said at once
+    load_devices()
+    encoder = features.Encoder(args.model)
+    found = library.load(args.index, encoder.identity)
+    frames = encoder.video(args.query, found.rate)
+    vectors = library.open_vectors(args.index, found)
+    try:
+        matches = search.search(
+            found,
+            vectors,
+            frames,
+            folder=args.index,
+            method=method,
+            candidates=args.candidates,
+            nearest=args.nearest,
+            full_maps=args.full_maps,
+            rescale=not args.raw,
+            leave_out=args.leave_out,
+        )
+    finally:
+        vectors.close()
+    document = search.document(str(args.query), len(frames), found, args.method, matches)
+    if args.json:
+        text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+        files.write(args.json, lambda file: file.write(text.encode()))
+    if args.html:
+        known = {v.name: (Path(v.path), v.frames / found.rate) for v in found.videos}
+        written = page.render(document, args.query, known)
+        files.write(args.html, lambda file: file.write(written.encode()))
+    for match in matches:
+        print(
+            f"{match.query_start:8.1f} to {match.query_end:.1f} s from {match.video} "
+            f"{match.reference_start:.1f} to {match.reference_end:.1f} s ({match.score:.2f})"
+        )
+    print(f"{args.query}: {len(matches)} copied segments")
+    return 0

@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A library of videos that can be searched: a folder with features, their index, and what it is of.
+
+    library.json      model, frames per second, videos with their marks and frames
+    features/*.npy    of each video [frames, dim]
+    frames.db         milvus-lite's file, where no cluster is named
+    skipped.jsonl     videos that could not be read, and why
+
+Indexing goes on where it was stopped: features that are there are not made again, and what is not
+in the index yet is put there. Other models' features are refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from m2jax.config import UserError
+from m2jax.tasks.video import arrays, features
+from m2jax.tasks.video.features import Encoder, Identity
+from m2jax.tasks.video.vectors import KINDS, Vectors
+
+STATE = "library.json"
+SKIPPED = "skipped.jsonl"
+FORMAT = 1
+PAIRS = 4096  # of frames of different videos whose cosines tell what is ordinary
+ORDINARY = 0.95  # share of such pairs below the background
+
+
+@dataclass
+class Video:
+    """One of the library."""
+
+    name: str
+    path: str  # where it was when it was indexed
+    mark: list[int]  # bytes and time of change, in ns
+    frames: int
+    stored: bool = False  # in the index
+
+
+@dataclass
+class Library:
+    """What ``library.json`` holds."""
+
+    model: str
+    fingerprint: str
+    rate: float  # frames per second
+    kind: str  # of index
+    uri: str  # of a cluster; "": the file beside
+    videos: list[Video] = field(default_factory=list)
+    background: float = 0.0  # cosine that unrelated frames seldom exceed
+    format: int = FORMAT
+
+
+class Done(NamedTuple):
+    """What a run did."""
+
+    videos: int
+    frames: int
+    skipped: int
+
+
+def build(
+    encoder: Encoder,
+    videos: Mapping[str, Path],
+    out: Path,
+    *,
+    rate: float = 1.0,
+    kind: str = "hnsw",
+    uri: str = "",
+    say: Callable[[str], None] = print,
+) -> Done:
+    """Indexes videos that are not there yet.
+
+    Args:
+        encoder: the model.
+        videos: files by name.
+        out: the library's folder.
+        rate: frames per second.
+        kind: ``exact`` or ``hnsw``.
+        uri: of a Milvus cluster; "": a file in the folder.
+        say: gets a line per video.
+
+    Raises:
+        UserError: the folder is of another model or other settings, or no video can be read.
+    """
+    if kind not in KINDS:
+        raise UserError(f"--ann {kind}: use one of {', '.join(KINDS)}")
+    library = Library(*encoder.identity, rate, kind, uri)
+    library = _claimed(out, library)
+    known = {video.name: number for number, video in enumerate(library.videos)}
+    frames = 0
+    skipped: list[tuple[str, str]] = []
+    for name, path in videos.items():
+        mark = _mark(path)
+        if name in known:
+            if library.videos[known[name]].mark != mark:
+                raise UserError(
+                    f"--out {out}: {name} has changed since: index it into a new folder"
+                )
+            continue
+        try:
+            found = encoder.video(path, rate)
+        except UserError as error:
+            skipped.append((name, str(error)))
+            say(f"left out: {error}")
+            continue
+        known[name] = len(library.videos)
+        features.write(features_file(out, known[name]), found)
+        library.videos.append(Video(name, str(path.absolute()), mark, len(found)))
+        _save(out, library)
+        frames += len(found)
+        say(f"{name}: {len(found):,} frames")
+    _write_skipped(out, skipped)
+    if not library.videos:
+        raise UserError(f"--videos: none of {len(videos)} could be read: see {out / SKIPPED}")
+    fresh = [number for number, video in enumerate(library.videos) if not video.stored]
+    if fresh:
+        _store(out, library, fresh)
+    return Done(len(fresh), frames, len(skipped))
+
+
+def _store(out: Path, library: Library, fresh: list[int]) -> None:
+    vectors = open_vectors(out, library)
+    try:
+        for number in fresh:
+            found = arrays.read_array(features_file(out, number), "features")
+            vectors.create(found.shape[1], library.kind)
+            vectors.insert(number, found)
+        vectors.flush()
+    finally:
+        vectors.close()
+    for number in fresh:
+        library.videos[number].stored = True
+    library.background = _background(out, library)
+    _save(out, library)
+
+
+def open_vectors(out: Path, library: Library) -> Vectors:
+    """The library's index.
+
+    Raises:
+        UserError: it cannot be opened.
+    """
+    name = f"m2jax_{library.fingerprint}" if library.uri else "frames"
+    uri = library.uri or str(out / "frames.db")
+    return Vectors(uri, name, os.environ.get("MILVUS_TOKEN", ""))
+
+
+def features_file(out: Path, number: int) -> Path:
+    """Where the features of a video lie."""
+    return out / "features" / f"{number:08d}.npy"
+
+
+def load(out: Path, identity: Identity | None = None) -> Library:
+    """What a folder holds.
+
+    Args:
+        out: the folder.
+        identity: of the model that it is to be searched by, if it is.
+
+    Raises:
+        UserError: no library, a damaged one, or one of another model.
+    """
+    try:
+        document = json.loads((out / STATE).read_text(encoding="utf-8"))
+        videos = [Video(**video) for video in document.pop("videos")]
+        library = Library(**document, videos=videos)
+        sound = all(_is_sound(video) for video in videos) and library.kind in KINDS
+        sound &= isinstance(library.rate, (int, float)) and library.format == FORMAT
+    except FileNotFoundError:
+        raise UserError(f"--index {out}: no library of videos: make one with video index") from None
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise UserError(f"{out / STATE}: damaged ({error}): index the videos anew") from None
+    if not sound:
+        raise UserError(f"{out / STATE}: damaged, or of another version: index the videos anew")
+    if identity is not None and identity.fingerprint != library.fingerprint:
+        raise UserError(
+            f"--index {out}: made with the model {library.model} ({library.fingerprint}), not "
+            f"{identity.model} ({identity.fingerprint}): search with that one, or index anew"
+        )
+    return library
+
+
+def _is_sound(video: Video) -> bool:
+    texts = isinstance(video.name, str) and isinstance(video.path, str)
+    return texts and type(video.frames) is int and 0 < video.frames < 2**24
+
+
+def _claimed(out: Path, wanted: Library) -> Library:
+    """The library of the folder, which is made if there is none."""
+    if not (out / STATE).exists():
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            _save(out, wanted)
+        except OSError as error:
+            raise UserError(f"--out {out}: {error.strerror}: choose another folder") from error
+        return wanted
+    found = load(out, Identity(wanted.model, wanted.fingerprint))
+    for name in ("rate", "kind", "uri"):
+        if getattr(found, name) != getattr(wanted, name):
+            raise UserError(
+                f"--out {out}: was made with {name} {getattr(found, name)!r}, not "
+                f"{getattr(wanted, name)!r}: choose another folder"
+            )
+    return found
+
+
+def _save(out: Path, library: Library) -> None:
+    temporary = out / f".{STATE}.{os.getpid()}"
+    temporary.write_text(json.dumps(dataclasses.asdict(library), indent=1) + "\n", encoding="utf-8")
+    temporary.replace(out / STATE)
+
+
+def _write_skipped(out: Path, skipped: list[tuple[str, str]]) -> None:
+    lines: list[str] = [
+        json.dumps({"video": n, "why": why}, ensure_ascii=False) for n, why in skipped
+    ]
+    temporary = out / f".{SKIPPED}.{os.getpid()}"
+    temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    temporary.replace(out / SKIPPED)
+
+
+def _mark(path: Path) -> list[int]:
+    try:
+        found: Any = path.stat()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}: check the path") from None
+    return [found.st_size, found.st_mtime_ns]
+
+
+def _background(out: Path, library: Library) -> float:
+    """The cosine that 95 % of random pairs of frames of different videos stay below (our choice).
+
+    Towers that were not trained to tell copies have high cosines everywhere; thresholds are meant
+    for maps on which unrelated frames lie around 0.
+    """
+    rng = np.random.default_rng(0)
+    count = len(library.videos)
+    if count < 2:
+        return 0.0
+    chosen = rng.permutation(count)[: min(count, 64)]
+    samples = []
+    for number in chosen:
+        found = arrays.read_array(features_file(out, int(number)), "features")
+        samples.append(found[rng.integers(0, len(found), 64)])
+    one, other = rng.integers(0, len(samples), (2, PAIRS))
+    apart = one != other
+    frames = rng.integers(0, 64, (2, PAIRS))
+    rows = np.stack(samples)
+    cosines = (rows[one, frames[0]] * rows[other, frames[1]]).sum(axis=1)[apart]
+    return float(np.clip(np.quantile(cosines, ORDINARY), 0.0, 1 - 1e-4))

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which parts of a video come from which parts of a library's videos.
+
+As SSAN serves it (Jiang et al., ACM MM 2021): the nearest stored frames of each of the query's
+frames, a sparse similarity map of each video that was hit, segments of these maps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float32
+
+from m2jax.tasks.video import align, arrays, maps
+from m2jax.tasks.video.align import Aligner
+from m2jax.tasks.video.library import Library, features_file
+from m2jax.tasks.video.vectors import Hits, Vectors, reference_maps
+
+NEAREST = 20  # stored frames per frame of the query; the released SPD masks maps alike
+
+
+class Match(NamedTuple):
+    """A copied segment; times in seconds, ends where the copy is over."""
+
+    video: str
+    query_start: float
+    query_end: float
+    reference_start: float
+    reference_end: float
+    score: float  # mean over the query's frames of the best similarity in the box, 0 to 1
+
+
+def search(
+    library: Library,
+    vectors: Vectors,
+    features: Float32[np.ndarray, "frames dim"],
+    *,
+    folder: Path,
+    method: Aligner,
+    candidates: int = 20,
+    nearest: int = NEAREST,
+    full_maps: bool = False,
+    rescale: bool = True,
+    leave_out: str = "",
+) -> list[Match]:
+    """Finds copied segments.
+
+    Args:
+        library: what is searched.
+        vectors: its index.
+        features: of the query's frames, at the library's rate.
+        folder: of the library.
+        method: that finds segments on the maps.
+        candidates: videos looked at, those with the most similar frames.
+        nearest: stored frames per frame of the query.
+        full_maps: similarities of all frames of a candidate, not of the nearest alone.
+        rescale: put the library's background at 0, so that thresholds mean the same for all models
+            (our choice; see ``library.build``).
+        leave_out: a video of the library that is not looked at: the query itself.
+
+    Returns:
+        Matches, the most similar video's first.
+    """
+    hits = vectors.search(features, nearest, library.kind)
+    lengths = [video.frames for video in library.videos]
+    background = library.background if rescale else 0.0
+    sparse = reference_maps(_rescaled(hits, background), lengths)
+    ranked = sorted(sparse, key=lambda number: -float(sparse[number].max(axis=1).sum()))
+    ranked = [n for n in ranked if library.videos[n].name != leave_out][:candidates]
+    found = [sparse[number] for number in ranked]
+    if full_maps:
+        found = [_full(folder, number, features, background) for number in ranked]
+    boxes = align.align(method, found, end_exclusive=True)
+    matches = []
+    for number, similarity, segments in zip(ranked, found, boxes, strict=True):
+        name = library.videos[number].name
+        for q0, r0, q1, r1 in segments.tolist():
+            best = similarity[q0:q1, r0:r1].max(axis=1)
+            a, b, c, d = (edge / library.rate for edge in (q0, q1, r0, r1))
+            matches.append(Match(name, a, b, c, d, float(best.mean())))
+    return matches
+
+
+def _rescaled(hits: Hits, background: float) -> Hits:
+    return hits._replace(score=_lifted(hits.score, background))
+
+
+def _lifted(similarity: np.ndarray, background: float) -> np.ndarray:
+    """The background at 0 and equality at 1; nothing lies below 0."""
+    return np.clip((similarity - background) / (1 - background), 0, 1).astype(np.float32)
+
+
+def _full(folder: Path, number: int, features: np.ndarray, background: float) -> np.ndarray:
+    stored = arrays.read_array(features_file(folder, number), "features")
+    return _lifted(maps.cosine(features, stored), background)
+
+
+def document(
+    query: str, frames: int, library: Library, method: str, matches: Sequence[Match]
+) -> dict[str, Any]:
+    """What the JSON of a search holds."""
+    return {
+        "query": query,
+        "seconds": frames / library.rate,
+        "rate": library.rate,
+        "model": library.model,
+        "method": method,
+        "matches": [match._asdict() for match in matches],
+    }
