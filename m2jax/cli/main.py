@@ -18,6 +18,7 @@ from m2jax.cli import (
     evaluate,
     explore,
     inspect,
+    labels,
     launch,
     plan,
     train,
@@ -26,7 +27,10 @@ from m2jax.cli.terminal import printable
 from m2jax.dist.host import restart_with_huge_pages
 
 # Each has add_parser(subparsers) and run(args) -> exit code. None imports jax before it runs.
-VERBS = (doctor, data, train, evaluate, compare, explore, embed, convert, inspect, plan, launch)
+VERBS = (
+    *(doctor, data, train, evaluate, compare, explore, embed, convert, inspect, plan, launch),
+    *(labels,),
+)
 
 EXIT_CODES = (
     "exit codes: 0 done, 1 the program failed, 2 wrong usage or bad input, "
@@ -45,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 done, 1 the program failed, 2 bad input, 130 interrupted, or
         the verb's own.
     """
-    if argv is None and sys.argv[1:2] in (["train"], ["eval"], ["embed"], ["explore"]):
+    if argv is None and sys.argv[1:2] in (["train"], ["eval"], ["embed"], ["explore"], ["labels"]):
         restart_with_huge_pages()
     words, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
     args = build_parser().parse_args(words)

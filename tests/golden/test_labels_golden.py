@@ -10,6 +10,7 @@ import pytest
 
 from m2jax.eval import multilabel as figures
 from m2jax.losses import longtail, multilabel, selfsup
+from m2jax.tasks.labels import adapter, prompt_tuning
 from tests.golden import fixtures
 
 LOSS, GRADIENT, METRIC = {"rtol": 1e-5, "atol": 1e-5}, {"rtol": 1e-4, "atol": 1e-5}, 1e-6
@@ -134,3 +135,49 @@ def test_contrast_of_two_views(case):
         temperature=float(golden["moco_T"]),
     )
     np.testing.assert_allclose(moco, golden["moco_loss"], **LOSS)
+
+
+ADAPTERS = fixtures.cases(
+    "downstream", "text adapter", with_keys("text", "noise", "sigma", "W1", "W2", "targets")
+)
+
+
+@pytest.mark.parametrize("case", ADAPTERS)
+def test_the_adapter_on_noise_that_is_given(case, monkeypatch):
+    golden = fixtures.arrays(case)
+    w1, w2 = jnp.asarray(golden["W1"]), jnp.asarray(golden["W2"])
+    params = {"w1": w1, "b1": jnp.zeros(w1.shape[1]), "w2": w2, "b2": jnp.zeros(w2.shape[1])}
+    monkeypatch.setattr(jax.random, "normal", lambda rng, shape: jnp.asarray(golden["noise"]))
+    for name in ("raw", "norm"):
+        text = jnp.asarray(golden["text"])
+        settings = adapter.Settings(
+            sigma=float(golden["sigma"]), normalize="l2" if name == "norm" else "none"
+        )
+        rows = adapter.unit(text) if name == "norm" else text
+        seen = adapter.perturbed(rows, jax.random.key(0), settings)
+        found = adapter.scores(params, seen, settings)
+        np.testing.assert_allclose(found, golden[f"logits_{name}"], **LOSS)
+        for loss, key in (("ranking", "rank"), ("asymmetric", "asl")):
+            value = adapter.LOSSES[loss](found, jnp.asarray(golden["targets"]))
+            np.testing.assert_allclose(value, golden[f"{key}_{name}"], **LOSS)
+
+
+AGGREGATES = fixtures.cases(
+    "downstream", "global and local logits", with_keys("local_feats", "logits_local", "merged")
+)
+
+
+@pytest.mark.parametrize("case", AGGREGATES)
+def test_global_and_local_logits(case):
+    golden = {name: jnp.asarray(value) for name, value in fixtures.arrays(case).items()}
+    each = adapter.unit(golden["local_feats"].swapaxes(0, 1))
+    tokens = prompt_tuning.Tokens(
+        adapter.unit(golden["global_feats"]), each, jnp.ones(each.shape[:2], bool)
+    )
+    prompts = prompt_tuning.Prompts(
+        adapter.unit(golden["global_text"]), adapter.unit(golden["local_text"])
+    )
+    pair = prompt_tuning.aggregate(tokens, prompts, prompt_tuning.IMAGE_TEMPERATURE)
+    np.testing.assert_allclose(pair[0], golden["logits_global"], **LOSS)
+    np.testing.assert_allclose(pair[1], golden["logits_local"], **LOSS)
+    np.testing.assert_allclose((pair[0] + pair[1]) / 2, golden["merged"], **LOSS)
