@@ -20,6 +20,7 @@ from m2jax.cli import (
     inspect,
     labels,
     launch,
+    longtail,
     plan,
     train,
 )
@@ -29,7 +30,7 @@ from m2jax.dist.host import restart_with_huge_pages
 # Each has add_parser(subparsers) and run(args) -> exit code. None imports jax before it runs.
 VERBS = (
     *(doctor, data, train, evaluate, compare, explore, embed, convert, inspect, plan, launch),
-    *(labels,),
+    *(labels, longtail),
 )
 
 EXIT_CODES = (
@@ -49,7 +50,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 done, 1 the program failed, 2 bad input, 130 interrupted, or
         the verb's own.
     """
-    if argv is None and sys.argv[1:2] in (["train"], ["eval"], ["embed"], ["explore"], ["labels"]):
+    if argv is None and sys.argv[1:2] in (
+        ["train"],
+        ["eval"],
+        ["embed"],
+        ["explore"],
+        ["labels"],
+        ["longtail"],
+    ):
         restart_with_huge_pages()
     words, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
     args = build_parser().parse_args(words)

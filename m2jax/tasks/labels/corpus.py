@@ -109,7 +109,7 @@ def balance(order: Order, sentences: Sequence[Sentence]) -> dict[str, Any]:
         "named_least": int(each.min()),
         "named_median": float(np.median(each)),
         "named_most": int(each.max()),
-        "never_named": [order.vocabulary.title(i) for i in np.flatnonzero(each == 0)],
+        "never_named": [order.vocabulary.title(i) for i in np.flatnonzero(each == 0).tolist()],
     }
 
 

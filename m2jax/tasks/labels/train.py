@@ -129,8 +129,9 @@ def scored(
     prompts: Float[np.ndarray, "classes dim"],
 ) -> Float[np.ndarray, "items classes"]:
     """Scores of any number of items, some at a time: the hidden layer is not held for all."""
+    known = jnp.asarray(prompts)
     parts = [
-        np.asarray(adapter.scores(params, jnp.asarray(rows[i : i + ROWS]), settings, prompts))
+        np.asarray(adapter.scores(params, jnp.asarray(rows[i : i + ROWS]), settings, known))
         for i in range(0, len(rows), ROWS)
     ]
     return np.concatenate(parts)
