@@ -2,9 +2,8 @@
 """From which score on a label counts as shown, told from sentences alone.
 
 Scores of images lie elsewhere than those of texts (the modality gap), so a threshold of texts is a
-first guess: rankings carry over, thresholds less so. Noise as in training narrows that. Where some
-unlabelled images are at hand, ``moved`` shifts the thresholds by the difference of the scores'
-middles. Both are our choice; no paper was to be had on it.
+first guess: rankings carry over, thresholds less so. They are set on sentences with the noise of
+training, which is our choice; no paper was to be had on it.
 """
 
 from __future__ import annotations
@@ -40,17 +39,3 @@ def _of_label(scores: np.ndarray, shown: np.ndarray) -> float:
     if last + 1 == len(ranked):
         return float(ranked[-1]) - 1e-6
     return float((ranked[last] + ranked[last + 1]) / 2)
-
-
-def moved(
-    thresholds: Float[np.ndarray, " classes"],
-    texts: Float[np.ndarray, "sentences classes"],
-    images: Float[np.ndarray, "images classes"],
-) -> Float[np.ndarray, " classes"]:
-    """Thresholds of texts carried to images: middle to middle, spread to spread, label by label.
-
-    Supposes that images show a label about as often as sentences name it.
-    """
-    centre, to = np.median(texts, axis=0), np.median(images, axis=0)
-    ratio = images.std(axis=0) / np.maximum(texts.std(axis=0), 1e-12)
-    return (to + (thresholds - centre) * ratio).astype(np.float32)

@@ -143,13 +143,6 @@ def test_the_best_threshold_is_the_best_of_all():
     assert found[3] == pytest.approx(np.median(found[:3]))
 
 
-def test_thresholds_move_with_the_scores():
-    rng = np.random.default_rng(1)
-    texts = rng.normal(size=(100, 3))
-    found = thresholds.moved(np.array([0.1, 0.2, 0.3]), texts, 2 * texts + 5)
-    np.testing.assert_allclose(found, [5.2, 5.4, 5.6], atol=1e-5)
-
-
 @pytest.fixture
 def made(world):
     axes, labels, rows, _ = world
