@@ -21,7 +21,6 @@ from m2jax.tasks.labels.vocabulary import folded
 
 MOST_CHARACTERS = 300  # of a sentence
 MOST_CAPTIONS = 256  # taken from one answer
-MOST_DEPTH = 8  # of nested brackets: deeper ones exhaust the parser
 
 _FENCE = re.compile(r"^```(?:json)?\s*\n(.*)\n```\s*$", re.DOTALL)
 # What belongs in no caption: addresses, markup, code, talk about the task or to a model.
@@ -102,20 +101,10 @@ def _captions(answer: str) -> list[Any] | str:
     text = answer.strip()
     fenced = _FENCE.match(text)
     text = fenced.group(1).strip() if fenced else text
-    if _depth(text) > MOST_DEPTH:
-        return "brackets too deep"
     try:
         content = json.loads(text)
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError):  # the latter of brackets nested without end
         return "no JSON"
     if isinstance(content, dict):
         content = content.get("captions")
     return content if isinstance(content, list) else "no list of captions"
-
-
-def _depth(text: str) -> int:
-    depth = deepest = 0
-    for c in text:
-        depth += (c in "[{") - (c in "]}")
-        deepest = max(deepest, depth)
-    return deepest
