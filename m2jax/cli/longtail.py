@@ -33,6 +33,12 @@ def add_parser(subparsers: Any) -> None:
     train.add_argument("--tau", type=float, default=1.0, help="of adjusted (default: %(default)s)")
     train.add_argument("--keep", type=float, default=1.0, help="share of hardest examples (all)")
     train.add_argument("--oversample", action="store_true", help="repeat images of rare classes")
+    train.add_argument(
+        "--contrast", type=float, default=0.0, help="weight of two views' contrast (0.001 there)"
+    )
+    train.add_argument(
+        "--unlabelled", type=Path, metavar="FILE.csv", help="further images for --contrast"
+    )
     train.add_argument("--epochs", type=int, default=60, help="(default: %(default)s)")
     train.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     train.set_defaults(run=run_train)
@@ -69,6 +75,7 @@ def run_train(args: argparse.Namespace) -> int:
     """Features, training; writes the classifier."""
     from m2jax import bundle
     from m2jax.checkpoint.folder import check_absent
+    from m2jax.config import UserError
     from m2jax.dist.host import load_devices
     from m2jax.tasks.labels import features
     from m2jax.tasks.longtail import recipe, saved, table
@@ -76,15 +83,18 @@ def run_train(args: argparse.Namespace) -> int:
 
     check_absent(args.out)
     _check_batch(args)
-    names = ("side", "loss", "tau", "keep", "oversample", "epochs", "seed")
+    names = ("side", "loss", "tau", "keep", "oversample", "contrast", "epochs", "seed")
     made = {name: getattr(args, name) for name in names}
     Settings(**made)
     rows = table.read(args.table, args.images, labelled=True)
     table.codes(rows)
+    if args.unlabelled and not args.contrast:
+        raise UserError(f"--unlabelled {args.unlabelled}: serves --contrast alone: set that too")
+    more = table.read(args.unlabelled, args.images, labelled=False) if args.unlabelled else []
     load_devices()
     model = bundle.load(args.model)
     settings = Settings(**made, normalize="none" if features.has_length(model) else "l2")
-    found = recipe.fit(model, rows, settings, batch=args.batch_size)
+    found = recipe.fit(model, rows, settings, unlabelled=more, batch=args.batch_size)
     saved.write(args.out, found)
     print(
         f"{args.out}: {len(found.codes.classes):,} classes, {len(rows):,} images, trained in "

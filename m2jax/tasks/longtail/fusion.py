@@ -121,6 +121,21 @@ def initialise(
     return {"encoder": encoder, "fusion": fusion}
 
 
+def initialise_block(rng: Array, dim: int) -> Params:
+    """First parameters of ``residual_norm``, which starts as the identity."""
+    keys = jax.random.split(rng, 2)
+    ones, zeros = jnp.ones(dim), jnp.zeros(dim)
+    layers = {
+        name: {"kernel": jax.random.normal(key, (dim, dim)) * (2 / dim) ** 0.5, "bias": zeros}
+        for name, key in zip(("w1", "w2"), keys, strict=True)
+    }
+    norms = {
+        "norm1": {"scale": ones, "bias": zeros},
+        "norm2": {"scale": zeros, "bias": zeros},
+    }
+    return layers | norms
+
+
 def drop_side(
     side: Float[Array, "batch side"], share: Float[Array, ""] | float, rng: Array
 ) -> Float[Array, "batch side"]:

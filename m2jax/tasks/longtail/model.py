@@ -19,10 +19,11 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from m2jax.config import UserError
-from m2jax.losses import longtail
+from m2jax.losses import longtail, selfsup
 from m2jax.tasks.longtail import fusion
 
 Params = dict[str, Any]
+PROJECTED = 64  # numbers that views are compared by
 OVERSAMPLE = 0.1  # classes rarer than the one at which this share of all images is reached
 
 
@@ -42,6 +43,7 @@ class Settings:
     learning_rate: float = 2e-3
     weight_decay: float = 1e-2
     smoothing: float = 0.1  # of labels
+    contrast: float = 0.0  # weight of two views' contrast; the public code's is 0.001
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -58,6 +60,13 @@ class Settings:
     def trained_adjustment(self) -> bool:
         """Whether the classes' shares are in the loss: then they must not be taken off again."""
         return self.loss in ("adjusted", "effective", "seesaw")
+
+
+class Pairs(NamedTuple):
+    """Two views of images each, labelled or not."""
+
+    features: Float[np.ndarray, "images 2 dim"]
+    side: Float[np.ndarray, "images width"]
 
 
 class Data(NamedTuple):
@@ -95,6 +104,10 @@ def initialise(rng: Array, dim: int, width: int, classes: int, settings: Setting
         kernel = 0.01 * jax.random.normal(jax.random.fold_in(rng, 1), (hidden, dim))
         params["token"] = {"kernel": kernel}
         del params["fusion"]
+    if settings.contrast:
+        key = jax.random.fold_in(rng, 2)
+        params["block"] = fusion.initialise_block(key, dim)
+        params["project"] = {"kernel": dim**-0.5 * jax.random.normal(key, (dim, PROJECTED))}
     return params
 
 
@@ -104,7 +117,17 @@ def logits(
     side: Float[Array, "batch width"],
     settings: Settings,
 ) -> Float[Array, "batch classes"]:
-    """Scores before any adjustment.
+    """Scores before any adjustment."""
+    return fusion.linear(params["head"], body(params, features, side, settings))
+
+
+def body(
+    params: Params,
+    features: Float[Array, "batch dim"],
+    side: Float[Array, "batch width"],
+    settings: Settings,
+) -> Float[Array, "batch dim"]:
+    """Features with their side information.
 
     ``token`` adds a map of the encoded side information to the feature: what a token of it does to
     a pooled feature at most, since the frozen backbone takes no further token.
@@ -116,15 +139,37 @@ def logits(
             x = fusion.fuse(params["fusion"], x, encoded)
         else:
             x = x + fusion.linear(params["token"], encoded)
-    return fusion.linear(params["head"], x)
+    return fusion.residual_norm(params["block"], x) if settings.contrast else x
 
 
-def train(data: Data, classes: int, settings: Settings) -> Params:
+def contrasted(params: Params, pairs: Pairs, settings: Settings) -> Float[Array, ""]:
+    """SimCLR's loss and the hinge on the hardest negative, of two views of each image.
+
+    As in the public code of 2207.11637, beside the labels' loss; there through a fine-tuned
+    backbone, here through a residual block on frozen features, which is our choice.
+    """
+    count = len(pairs.side)
+    features = pairs.features.swapaxes(0, 1).reshape(2 * count, -1)
+    x = body(params, jnp.asarray(features), jnp.tile(pairs.side, (2, 1)), settings)
+    x = fusion.linear(params["project"], x)
+    number = jnp.tile(jnp.arange(count), 2)
+    return selfsup.info_nce(x, number) + selfsup.hardest_negative(x, number)
+
+
+def train(data: Data, classes: int, settings: Settings, pairs: Pairs | None = None) -> Params:
     """Fits a classifier.
 
+    Args:
+        data: labelled examples.
+        classes: how many there are.
+        settings: of the classifier and of its training.
+        pairs: for ``contrast``: views of training and of unlabelled images.
+
     Raises:
-        UserError: no examples, or a loss that is no number.
+        UserError: no examples, no pairs for the contrast, or a loss that is no number.
     """
+    if settings.contrast and (pairs is None or len(pairs.side) < 2):
+        raise UserError(f"contrast={settings.contrast}: needs two images and more, in two views")
     if not len(data.labels):
         raise UserError("longtail train: no images: check the table")
     # A class without an image would get a prior of 1e-12 and never be pushed down.
@@ -133,7 +178,8 @@ def train(data: Data, classes: int, settings: Settings) -> Params:
     if settings.oversample:
         rows = repeats(data.labels, classes)
     arrays = [jnp.asarray(each[rows]) for each in data]
-    params, losses = _train(*arrays, jnp.asarray(counts), classes, settings)
+    known = Pairs(*map(jnp.asarray, pairs)) if pairs is not None and settings.contrast else None
+    params, losses = _train(*arrays, jnp.asarray(counts), known, classes, settings)
     if not np.isfinite(np.asarray(losses)).all():
         raise UserError("longtail train: the loss is no number: lower the learning rate")
     return jax.tree.map(np.asarray, params)
@@ -141,7 +187,13 @@ def train(data: Data, classes: int, settings: Settings) -> Params:
 
 @functools.partial(jax.jit, static_argnames=("classes", "settings"))
 def _train(
-    features: Array, side: Array, labels: Array, counts: Array, classes: int, settings: Settings
+    features: Array,
+    side: Array,
+    labels: Array,
+    counts: Array,
+    pairs: Pairs | None,
+    classes: int,
+    settings: Settings,
 ) -> tuple[Params, Array]:
     total = len(labels)
     size = min(settings.batch, total)
@@ -163,7 +215,12 @@ def _train(
             seen = fusion.drop_side(seen, hidden, key)
         found = logits(params, features[rows], seen, settings)
         each = losses_of(found, labels[rows], counts, settings)
-        return longtail.hardest(each, settings.keep) if settings.keep < 1 else each.mean()
+        value = longtail.hardest(each, settings.keep) if settings.keep < 1 else each.mean()
+        if pairs is None:
+            return value
+        some = jax.random.permutation(key, len(pairs.side))[: settings.batch // 2]
+        drawn = Pairs(pairs.features[some], pairs.side[some])
+        return value + settings.contrast * contrasted(params, drawn, settings)
 
     def step(carry: Any, at: Any) -> Any:
         params, state = carry

@@ -20,7 +20,7 @@ from m2jax.losses import longtail
 from m2jax.tasks.labels import features
 from m2jax.tasks.longtail import model as model_lib
 from m2jax.tasks.longtail import postprocess, table, views
-from m2jax.tasks.longtail.model import Data, Settings
+from m2jax.tasks.longtail.model import Data, Pairs, Settings
 from m2jax.tasks.longtail.postprocess import Merge, Observations
 from m2jax.tasks.longtail.saved import Saved
 from m2jax.tasks.longtail.table import Codes, Row
@@ -49,21 +49,38 @@ class Result(NamedTuple):
 
 
 def fit(
-    backbone: Bundle, rows: Sequence[Row], settings: Settings, *, batch: int = 64, show: bool = True
+    backbone: Bundle,
+    rows: Sequence[Row],
+    settings: Settings,
+    *,
+    unlabelled: Sequence[Row] = (),
+    batch: int = 64,
+    show: bool = True,
 ) -> Saved:
-    """Trains on a table's images, each seen plain and mirrored."""
+    """Trains on a table's images, each seen plain and mirrored.
+
+    Args:
+        backbone: whose features are used.
+        rows: of the training table.
+        settings: of the classifier and of its training.
+        unlabelled: further images, such as those of the test, for ``contrast``.
+        batch: images at once.
+        show: say on the terminal how far it is.
+    """
     codes = table.codes(rows)
     begin = time.monotonic()
-    seen = views.view_features(
+    every = views.view_features(
         backbone,
-        Files([row.file for row in rows]),
+        Files([row.file for row in (*rows, *unlabelled)]),
         Views(mirror=True),
         length=settings.normalize == "none",
         batch=batch,
         show=show,
     )
     encoding = time.monotonic() - begin
-    found = fitted(seen, codes, rows, settings, model=features.fingerprint(backbone))
+    pairs = Pairs(every, codes.side([*rows, *unlabelled]))
+    seen, mark = every[: len(rows)], features.fingerprint(backbone)
+    found = fitted(seen, codes, rows, settings, model=mark, pairs=pairs)
     report = dict(found.report) | {"encode_s": encoding, "images": len(rows)}
     return Saved(
         found.codes, settings, found.params, found.counts, found.allowed, found.model, report
@@ -77,6 +94,7 @@ def fitted(
     settings: Settings,
     *,
     model: str,
+    pairs: Pairs | None = None,
 ) -> Saved:
     """The part of ``fit`` after the backbone."""
     labels, count = codes.labels(rows), seen.shape[1]
@@ -86,7 +104,7 @@ def fitted(
         np.repeat(labels, count),
     )
     begin = time.monotonic()
-    params = model_lib.train(data, len(codes.classes), settings)
+    params = model_lib.train(data, len(codes.classes), settings, pairs)
     allowed = postprocess.places_of(
         codes.places(rows), labels, len(codes.values["code"]), len(codes.classes)
     )

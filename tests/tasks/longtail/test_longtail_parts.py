@@ -240,3 +240,26 @@ def test_settings_that_cannot_be_are_refused():
             Settings(**broken)
     assert Settings().trained_adjustment
     assert not Settings(loss="plain").trained_adjustment
+
+
+def test_views_without_labels_are_contrasted_beside_the_labels(tail):
+    train, test = tail
+    rng = np.random.default_rng(3)
+    settings = Settings(**{**FAST.__dict__, "contrast": 0.01})
+    start = model.initialise(jax.random.key(0), 16, 2, 12, settings)
+    plain = model.initialise(jax.random.key(0), 16, 2, 12, FAST)
+    rows = jnp.asarray(test.features[:4]), jnp.asarray(test.side[:4])
+    np.testing.assert_allclose(  # the block starts as none
+        model.body(start, *rows, settings), model.body(plain, *rows, FAST), atol=1e-6
+    )
+    noise = 0.1 * rng.normal(size=(2, *test.features.shape))
+    pairs = model.Pairs((test.features + noise).swapaxes(0, 1).astype(np.float32), test.side)
+    trained = model.train(train, 12, settings, pairs)
+    few = model.Pairs(pairs.features[:40], pairs.side[:40])
+    assert model.contrasted(trained, few, settings) < model.contrasted(start, few, settings)
+    assert accuracy(trained, test, settings)[0] > 0.5
+    wrong = model.Pairs(few.features.copy(), few.side)
+    wrong.features[:, 1] = np.roll(wrong.features[:, 1], 1, axis=0)
+    assert model.contrasted(trained, wrong, settings) > model.contrasted(trained, few, settings)
+    with pytest.raises(UserError, match="needs two images"):
+        model.train(train, 12, settings)
