@@ -65,8 +65,8 @@ class Settings:
 class Pairs(NamedTuple):
     """Two views of images each, labelled or not."""
 
-    features: Float[np.ndarray, "images 2 dim"]
-    side: Float[np.ndarray, "images width"]
+    features: Float[np.ndarray, "images 2 dim"] | Float[Array, "images 2 dim"]
+    side: Float[np.ndarray, "images width"] | Float[Array, "images width"]
 
 
 class Data(NamedTuple):
@@ -149,8 +149,9 @@ def contrasted(params: Params, pairs: Pairs, settings: Settings) -> Float[Array,
     backbone, here through a residual block on frozen features, which is our choice.
     """
     count = len(pairs.side)
-    features = pairs.features.swapaxes(0, 1).reshape(2 * count, -1)
-    x = body(params, jnp.asarray(features), jnp.tile(pairs.side, (2, 1)), settings)
+    features = jnp.asarray(pairs.features).swapaxes(0, 1).reshape(2 * count, -1)
+    side = jnp.tile(jnp.asarray(pairs.side), (2, 1))
+    x = body(params, features, side, settings)
     x = fusion.linear(params["project"], x)
     number = jnp.tile(jnp.arange(count), 2)
     return selfsup.info_nce(x, number) + selfsup.hardest_negative(x, number)
