@@ -18,7 +18,9 @@ from m2jax.cli import (
     evaluate,
     explore,
     inspect,
+    labels,
     launch,
+    longtail,
     plan,
     train,
     video,
@@ -28,19 +30,12 @@ from m2jax.dist.host import restart_with_huge_pages
 
 # Each has add_parser(subparsers) and run(args) -> exit code. None imports jax before it runs.
 VERBS = (
-    doctor,
-    data,
-    train,
-    evaluate,
-    compare,
-    explore,
-    embed,
-    convert,
-    inspect,
-    plan,
-    launch,
-    video,
+    *(doctor, data, train, evaluate, compare, explore, embed, convert, inspect, plan, launch),
+    *(video, labels, longtail),
 )
+
+# Verbs that hold much memory for long, and so gain from huge pages.
+COMPUTES = {"train", "eval", "embed", "explore", "video", "labels", "longtail"}
 
 EXIT_CODES = (
     "exit codes: 0 done, 1 the program failed, 2 wrong usage or bad input, "
@@ -59,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 done, 1 the program failed, 2 bad input, 130 interrupted, or
         the verb's own.
     """
-    if argv is None and sys.argv[1:2] in (["train"], ["eval"], ["embed"], ["explore"], ["video"]):
+    if argv is None and sys.argv[1:2] and sys.argv[1] in COMPUTES:
         restart_with_huge_pages()
     words, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
     args = build_parser().parse_args(words)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from m2jax.config import UserError
-from m2jax.eval.sets import annotated, folders, lines, shards, tfds, vqa
+from m2jax.eval.sets import annotated, folders, lines, many_labels, shards, tfds, vqa
 from m2jax.eval.sets.records import DataSet, Place
 
 READERS: dict[str, Callable[[Place], DataSet]] = {
@@ -18,10 +18,12 @@ READERS: dict[str, Callable[[Place], DataSet]] = {
     "dogs": folders.dogs,
     "folder": folders.read,
     "jsonl": lines.read,
+    "nus-wide": many_labels.nus_wide,
     "shards": shards.read,
     "tfds": tfds.read,
     "vg-interaction": annotated.vg_interaction,
     "vg-position": annotated.vg_position,
+    "voc2007": many_labels.voc,
     "vqa": vqa.read,
 }
 

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From which score on a label counts as shown, told from sentences alone.
+
+Scores of images lie elsewhere than those of texts (the modality gap), so a threshold of texts is a
+first guess: rankings carry over, thresholds less so. They are set on sentences with the noise of
+training, which is our choice; no paper was to be had on it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+FEWEST = 3  # sentences that name a label, for a threshold of its own
+
+
+def best(
+    scores: Float[np.ndarray, "sentences classes"], shown: Bool[np.ndarray, "sentences classes"]
+) -> Float[np.ndarray, " classes"]:
+    """The threshold with the highest F1 of each label, halfway between two scores.
+
+    A label that fewer than ``FEWEST`` sentences name takes the median of the others' (the middle of
+    all scores where there are none).
+    """
+    found = np.full(scores.shape[1], np.nan)
+    for label in np.flatnonzero(shown.sum(axis=0) >= FEWEST):
+        found[label] = _of_label(scores[:, label], shown[:, label])
+    middle = np.nanmedian(found) if np.isfinite(found).any() else np.median(scores)
+    return np.where(np.isfinite(found), found, middle).astype(np.float32)
+
+
+def _of_label(scores: np.ndarray, shown: np.ndarray) -> float:
+    order = np.argsort(-scores, kind="stable")
+    ranked, right = scores[order], shown[order].cumsum()
+    taken = np.arange(1, len(order) + 1)
+    f1 = 2 * right / (taken + shown.sum())
+    f1[:-1][ranked[:-1] == ranked[1:]] = -1  # equal scores are not parted
+    last = int(f1.argmax())
+    if last + 1 == len(ranked):
+        return float(ranked[-1]) - 1e-6
+    return float((ranked[last] + ranked[last + 1]) / 2)

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A trained classifier as a folder, ``longtail.json`` and ``longtail.safetensors``."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from m2jax.checkpoint.folder import check_absent
+from m2jax.config import UserError
+from m2jax.models.params import flatten
+from m2jax.tasks.longtail import model as model_lib
+from m2jax.tasks.longtail.model import Params, Settings
+from m2jax.tasks.longtail.table import FIELDS, Codes
+
+FORMAT = 1
+CARD, WEIGHTS = "longtail.json", "longtail.safetensors"
+CARD_BYTES = 2**27
+
+
+@dataclass(frozen=True)
+class Saved:
+    """All that prediction needs beside the backbone."""
+
+    codes: Codes
+    settings: Settings
+    params: Params
+    counts: np.ndarray  # [classes] images of training
+    allowed: np.ndarray  # [places, classes] bool
+    model: str  # fingerprint of the backbone
+    report: Mapping[str, Any] = field(default_factory=dict)
+
+
+def write(directory: Path, saved: Saved) -> None:
+    """Makes the folder, whole or not at all.
+
+    Raises:
+        UserError: it exists or cannot be made.
+    """
+    check_absent(directory)
+    card = {
+        "format": FORMAT,
+        "classes": list(saved.codes.classes),
+        "values": {name: list(values) for name, values in saved.codes.values.items()},
+        "settings": asdict(saved.settings),
+        "model": saved.model,
+        "report": dict(saved.report),
+    }
+    tensors = {k: np.ascontiguousarray(v, np.float32) for k, v in flatten(saved.params).items()}
+    tensors |= {
+        "counts": np.asarray(saved.counts, np.int64),
+        "allowed": np.asarray(saved.allowed, np.uint8),
+    }
+    temporary = Path(
+        tempfile.mkdtemp(dir=directory.absolute().parent, prefix=f".{directory.name}.")
+    )
+    try:
+        save_file(tensors, temporary / WEIGHTS)
+        text = json.dumps(card, ensure_ascii=False, indent=1) + "\n"
+        (temporary / CARD).write_text(text, encoding="utf-8")
+        temporary.chmod(0o755)
+        os.rename(temporary, directory)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def read(directory: Path) -> Saved:
+    """The folder of ``write``; checked, as it may come from anywhere.
+
+    Raises:
+        UserError: no such folder, another format, or numbers that do not fit together.
+    """
+    file = directory / CARD
+    try:
+        if file.stat().st_size > CARD_BYTES:
+            raise UserError(f"{file}: over {CARD_BYTES:,} bytes: name a folder of longtail train")
+        card = json.loads(file.read_text(encoding="utf-8"))
+        tensors = load_file(directory / WEIGHTS)
+    except OSError as error:
+        raise UserError(
+            f"{directory}: {error.strerror or error}: name a folder made by longtail train"
+        ) from error
+    except (ValueError, RecursionError, SafetensorError) as error:
+        raise UserError(f"{directory}: damaged ({error}): copy it again") from error
+    if not isinstance(card, dict) or card.get("format") != FORMAT:
+        raise UserError(f"{file}: another format: use the m2jax that made it")
+    try:
+        values = {name: tuple(map(str, card["values"][name])) for name in FIELDS}
+        codes = Codes(tuple(map(str, card["classes"])), values)
+        settings = Settings(**card["settings"])
+        fingerprint, report = str(card["model"]), dict(card["report"])
+        counts, allowed = tensors.pop("counts"), tensors.pop("allowed") != 0
+        params = _fitted(tensors, codes, settings)
+        fits = counts.shape == (len(codes.classes),)
+        if not fits or allowed.shape != (len(values["code"]), len(codes.classes)):
+            raise ValueError("shapes")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{directory}: damaged ({error!r:.200}): copy it again") from error
+    return Saved(codes, settings, params, counts, allowed, fingerprint, report)
+
+
+def _fitted(tensors: Mapping[str, np.ndarray], codes: Codes, settings: Settings) -> Params:
+    """The tensors as parameters, compared with those the settings ask for."""
+    dim = len(tensors["norm.scale"])
+    expected = jax.eval_shape(
+        lambda: model_lib.initialise(
+            jax.random.key(0), dim, codes.width, len(codes.classes), settings
+        )
+    )
+    shapes = {name: leaf.shape for name, leaf in flatten(expected).items()}
+    if shapes != {name: each.shape for name, each in tensors.items()}:
+        raise ValueError("the tensors are not those of the settings")
+    if not all(np.isfinite(each).all() for each in tensors.values()):
+        raise ValueError("a number is none")
+    leaves = [tensors[name] for name in flatten(expected)]
+    return jax.tree.unflatten(jax.tree.structure(expected), leaves)
