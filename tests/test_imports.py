@@ -29,6 +29,7 @@ HOMES: dict[str, str | tuple[str, ...]] = {
     "opencc": "data/build",
     "py3langid": "data/build",
     "pyarrow": "data",
+    "pymilvus": "tasks",
     "jinja2": "launch",
     "tensorboardX": "obs",
     "wandb": "obs",
@@ -41,7 +42,7 @@ HOMES: dict[str, str | tuple[str, ...]] = {
 FORBIDDEN = {"tensorflow", "keras"}
 ONLY_IN_FUNCTIONS = {
     *("aqt", "torch", "transformers", "tokenizers", "huggingface_hub", "wandb"),
-    *("clip_benchmark", "gradio"),
+    *("clip_benchmark", "gradio", "pymilvus"),
 }
 
 
