@@ -81,7 +81,7 @@ def rerank_rows(
             ]
         )
         given = given[: len(gallery)] / near.farthest[row]
-        jaccard = _jaccard(described, columns, row, settings)
+        jaccard = _jaccard(described, columns, row, len(gallery), settings)
         # The product stays in the description's precision, as in the published code.
         yield jaccard * (1 - settings.weight) + given * np.float32(settings.weight)
 
@@ -197,11 +197,12 @@ def _jaccard(
     described: scipy.sparse.csr_array,
     columns: scipy.sparse.csc_array,
     row: int,
+    gallery: int,
     settings: Settings,
 ) -> Float[np.ndarray, " gallery"]:
     """1 - shared / (2 - shared), where shared sums the smaller weight of each name."""
     kind = np.float16 if settings.half else np.float32
-    shared = np.zeros(columns.shape[0], kind)
+    shared = np.zeros(gallery, kind)
     pointers, indices = np.asarray(described.indptr), np.asarray(described.indices)
     own = slice(pointers[row], pointers[row + 1])
     names, weights = indices[own], described.data[own]
