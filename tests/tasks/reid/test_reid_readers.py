@@ -24,12 +24,13 @@ def market(root):
         "Thumbs.db",
     )
     touch(root / "query", "0001_c1s1_001051_00.jpg")
-    return touch(
+    touch(
         root / "bounding_box_test",
         "-1_c1s1_000401_03.jpg",
         "0000_c2s1_000301_00.jpg",
         "0001_c2s1_000301_00.jpg",
     )
+    return root
 
 
 def test_market(tmp_path):
