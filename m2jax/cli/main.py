@@ -20,6 +20,7 @@ from m2jax.cli import (
     inspect,
     launch,
     plan,
+    reid,
     retrieval,
     train,
 )
@@ -29,7 +30,7 @@ from m2jax.dist.host import restart_with_huge_pages
 # Each has add_parser(subparsers) and run(args) -> exit code. None imports jax before it runs.
 VERBS = (
     *(doctor, data, train, evaluate, compare, explore, embed, convert, inspect, plan, launch),
-    retrieval,
+    *(retrieval, reid),
 )
 
 EXIT_CODES = (
