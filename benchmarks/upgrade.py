@@ -108,11 +108,19 @@ class Searches:
         }
 
 
-def fill(uri, file):
-    """The backfill as a user starts it."""
+def fill(uri, file, items):
+    """The backfill as a user starts it, in some 200 writes."""
     words = [sys.executable, "-m", "m2jax", "retrieval", "index", "--uri", uri]
     return subprocess.Popen(
-        [*words, "--features", str(file), "--version", "new", "--batch", "1000"],
+        [
+            *words,
+            "--features",
+            str(file),
+            "--version",
+            "new",
+            "--batch",
+            str(max(items // 200, 50)),
+        ],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -162,7 +170,7 @@ def drill(args):
         rows.append(searches.phase("before: all old"))
         print(json.dumps(rows[-1]), flush=True)
         for share, what in ((0.25, "backfill"), (0.5, "backfill"), (0.75, "server")):
-            process = fill(server.uri, file)
+            process = fill(server.uri, file, args.items)
             answered, failed, found, slowest = until(searches, process, share * args.items)
             process.send_signal(signal.SIGKILL)
             process.wait()
@@ -183,7 +191,7 @@ def drill(args):
             print(json.dumps(events[-1]), flush=True)
             rows.append(searches.phase(f"{held['new'] / args.items:.0%} new"))
             print(json.dumps(rows[-1]), flush=True)
-        process = fill(server.uri, file)
+        process = fill(server.uri, file, args.items)
         answered, failed, found, slowest = until(searches, process, args.items + 1)
         code = process.wait()
         done = {"event": f"backfill ended with {code}", "searches_answered": answered}
