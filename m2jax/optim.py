@@ -30,12 +30,24 @@ class Optimizer(NamedTuple):
 
 
 _PLAIN_ENDINGS = (
-    *("bias", "scale", "cls_token", "mask_token", "probe", "language_tags"),
+    *("bias", "scale", "cls_token", "cls_tokens", "mask_token", "probe", "language_tags"),
     *("logit_scale", "logit_vl_scale", "logit_bias", "logit_vl_bias"),
 )
-_TABLES = ("text_embed", "image_positions", "text_positions", "embed", "positions", "types")
+_TABLES = (
+    "text_embed",
+    "image_positions",
+    "text_positions",
+    "embed",
+    "positions",
+    "types",
+    "cameras",
+)
 _MATRICES = ("kernel",)
-_PATCHES = ("vision_embed.kernel", "vision.kernel")  # [p, p, 3, width]: no stack of matrices
+_PATCHES = (
+    "vision_embed.kernel",
+    "vision.kernel",
+    "tower.kernel",
+)  # [p, p, 3, width]: no stack of matrices
 
 
 def group(name: str) -> str:

@@ -38,7 +38,7 @@ HOMES: dict[str, str | tuple[str, ...]] = {
     "gradio": "eval/explore_page",
     "transformers": "checkpoint/convert",
     "av": ("tasks/video/decode", "tasks/video/encode"),
-    "pymilvus": "tasks/video/vectors",
+    "pymilvus": ("tasks/retrieval/store", "tasks/video/vectors"),
 }
 FORBIDDEN = {"tensorflow", "keras"}
 ONLY_IN_FUNCTIONS = {

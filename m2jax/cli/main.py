@@ -22,6 +22,8 @@ from m2jax.cli import (
     launch,
     longtail,
     plan,
+    reid,
+    retrieval,
     train,
     video,
 )
@@ -31,15 +33,16 @@ from m2jax.dist.host import restart_with_huge_pages
 # Each has add_parser(subparsers) and run(args) -> exit code. None imports jax before it runs.
 VERBS = (
     *(doctor, data, train, evaluate, compare, explore, embed, convert, inspect, plan, launch),
-    *(video, labels, longtail),
+    *(video, retrieval, reid, labels, longtail),
 )
 
 # Verbs that hold much memory for long, and so gain from huge pages.
-COMPUTES = {"train", "eval", "embed", "explore", "video", "labels", "longtail"}
+COMPUTES = {"train", "eval", "embed", "explore", "video", "reid", "labels", "longtail"}
 
 EXIT_CODES = (
     "exit codes: 0 done, 1 the program failed, 2 wrong usage or bad input, "
     "3 a planned step does not fit, 4 an imported model failed its check, "
+    "5 an upgrade of a retrieval model is not safe, "
     "42 preempted after a save (start again to go on), 43 the watchdog ended a stalled run"
 )
 

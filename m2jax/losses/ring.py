@@ -124,7 +124,7 @@ def _forward(
         return lax.fori_loop(0, len(held[1]), tile, (start, columns))
 
     def send(columns: Any, block: Any) -> tuple[Any, Any]:
-        totals, columns = _round(pairs.layout.rings, block, columns, visit, form.join)
+        totals, columns = go_round(pairs.layout.rings, block, columns, visit, form.join)
         return columns, totals
 
     columns = _varying(pairs, form.start(held[1].shape, scale.dtype))
@@ -171,7 +171,7 @@ def _backward(
 
     def send(d_held: Any, block: Any) -> tuple[Any, Any]:
         add = functools.partial(jax.tree.map, jnp.add)
-        d_block, d_held = _round(pairs.layout.rings, block, d_held, visit, add)
+        d_block, d_held = go_round(pairs.layout.rings, block, d_held, visit, add)
         return d_held, d_block
 
     d_text = _varying(pairs, jnp.zeros(held[0].shape, wide))
@@ -185,7 +185,7 @@ def _backward(
     return scale * d_image, scale * d_text[:rows], d_scale, d_bias
 
 
-def _round(
+def go_round(
     rings: tuple[tuple[str, ...], ...], block: Any, held: Any, visit: Callable, join: Callable
 ) -> tuple[Any, Any]:
     """Takes a block to every device of the rings; what they add to it comes home, joined.
@@ -216,10 +216,10 @@ def _round(
     def stop(block: Any, so_far: Any, held: Any, *, last: bool) -> tuple[Any, Any, Any]:
         onward = block if last else pass_on(block)
         arrived = None if so_far is None else pass_on(so_far)
-        added, held = _round(inner, block, held, visit, join)
+        added, held = go_round(inner, block, held, visit, join)
         return onward, added if arrived is None else join(arrived, added), held
 
-    own, held = _round(inner, block, held, visit, join)
+    own, held = go_round(inner, block, held, visit, join)
     carry = stop(pass_on(block), None, held, last=stops == 2)
     if stops > 3:
         carry = lax.fori_loop(2, stops - 1, lambda _, c: stop(*c, last=False), carry)

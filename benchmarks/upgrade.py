@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An upgrade drill: a database of old vectors is filled with new ones while it is searched.
+
+    python benchmarks/upgrade.py --out runs/upgrade [--items 200000] [--dim 64] [--queries 200]
+
+A Milvus server runs in a process of its own, searches in this one, and `m2jax retrieval index` in a
+third that is killed (SIGKILL) at a quarter and at half of its way; at three quarters the server is
+killed too and started again. Every phase is searched with the new model's queries; at the end ids,
+versions and vectors of the whole collection are compared with what was written, by count and by a
+checksum. Vectors are synthetic: items are random points, the old model sees them with more noise
+than the new one, a query is another look of the new model at an item. Recall@k: the item is among
+the first k. What is printed is in results.json too.
+"""
+
+import argparse
+import json
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from m2jax.config import UserError
+from m2jax.tasks.retrieval.backfill import Features, backfill, contents, expected
+from m2jax.tasks.retrieval.store import Store
+
+NOISE = {"old": 1.1, "new": 0.7}  # of a look at an item, whose own coordinates have unit variance
+TOP = 10
+TIMED = 10  # queries of a phase that are timed, one by one
+
+
+def looks(rng, items, model, ids):
+    """A model's vectors of items."""
+    seen = items + NOISE[model] * rng.normal(size=items.shape)
+    return Features(ids, seen.astype(np.float32))
+
+
+class Server:
+    """A Milvus in a process of its own."""
+
+    def __init__(self, folder):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.folder, self.uri = folder, f"http://127.0.0.1:{self.port}"
+        self.start()
+
+    def start(self):
+        """Returns when it answers."""
+        words = [Path(sys.executable).parent / "milvus-lite", "server", "--data-dir", self.folder]
+        self.process = subprocess.Popen(
+            [*map(str, words), "--port", str(self.port)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for _ in range(600):
+            try:
+                with socket.create_connection(("127.0.0.1", self.port), timeout=1):
+                    return
+            except OSError:
+                time.sleep(0.1)
+        raise SystemExit("upgrade: the server does not start")
+
+    def kill(self):
+        """As a crash would."""
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+
+class Searches:
+    """What searches found and how long they took, phase by phase."""
+
+    def __init__(self, uri, queries):
+        self.uri, self.queries = uri, queries
+        self.store = Store(uri)
+        self.seconds = []
+
+    def one(self, at):
+        """One query's answer, timed."""
+        start = time.perf_counter()
+        answer = self.store.search(self.queries.vectors[at : at + 1], TOP)[0]
+        self.seconds.append(time.perf_counter() - start)
+        return answer
+
+    def phase(self, name):
+        """All queries at once for recall, the first ones alone for their time."""
+        self.seconds, right, versions = [], [], []
+        for at in range(min(TIMED, len(self.queries.ids))):
+            self.one(at)
+        answers = self.store.search(self.queries.vectors, TOP)
+        for wanted, answer in zip(self.queries.ids, answers, strict=True):
+            ids = [hit.id for hit in answer]
+            right.append(ids.index(wanted) if wanted in ids else TOP)
+            versions += [hit.version for hit in answer]
+        share = {v: versions.count(v) / len(versions) for v in sorted(set(versions))}
+        return {
+            "phase": name,
+            "recall@1": float(np.mean(np.array(right) < 1)),
+            f"recall@{TOP}": float(np.mean(np.array(right) < TOP)),
+            "median_ms": 1000 * statistics.median(self.seconds),
+            "max_ms": 1000 * max(self.seconds),
+            "answers_by_version": share,
+        }
+
+
+def fill(uri, file, items):
+    """The backfill as a user starts it, in some 200 writes."""
+    words = [sys.executable, "-m", "m2jax", "retrieval", "index", "--uri", uri]
+    return subprocess.Popen(
+        [
+            *words,
+            "--features",
+            str(file),
+            "--version",
+            "new",
+            "--batch",
+            str(max(items // 200, 50)),
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def until(searches, process, count):
+    """Searches go on until so many items are new, or the backfill ends.
+
+    Returns:
+        (answered, failed, new items, slowest answer in ms).
+    """
+    answered = failed = found = 0
+    searches.seconds = []
+    while process.poll() is None:
+        for _ in range(3):
+            try:
+                searches.one((answered + failed) % len(searches.queries.ids))
+                answered += 1
+            except UserError:
+                failed += 1
+        found = searches.store.count("new")
+        if found >= count:
+            break
+    return answered, failed, found, 1000 * max(searches.seconds, default=0)
+
+
+def drill(args):
+    """All phases."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(args.seed)
+    items = rng.normal(size=(args.items, args.dim))
+    ids = [f"item-{i:07d}" for i in range(args.items)]
+    old, new = (looks(rng, items, model, ids) for model in ("old", "new"))
+    chosen = rng.choice(args.items, args.queries, replace=False)
+    queries = looks(rng, items[chosen], "new", [ids[i] for i in chosen])
+    file = args.out / "new.npz"
+    np.savez(file, features=new.vectors, ids=np.array(ids))
+    server = Server(args.out / f"database-{os.getpid()}.db")
+    rows, events = [], []
+    try:
+        with Store(server.uri) as store:
+            store.create(args.dim)
+            start = time.perf_counter()
+            backfill(store, old, "old")
+            events.append({"event": "old model indexed", "seconds": time.perf_counter() - start})
+        searches = Searches(server.uri, queries)
+        rows.append(searches.phase("before: all old"))
+        print(json.dumps(rows[-1]), flush=True)
+        for share, what in ((0.25, "backfill"), (0.5, "backfill"), (0.75, "server")):
+            process = fill(server.uri, file, args.items)
+            answered, failed, found, slowest = until(searches, process, share * args.items)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            if what == "server":
+                server.kill()
+                server.start()
+                searches = Searches(server.uri, queries)
+            held = {"new": searches.store.count("new"), "all": searches.store.count()}
+            events.append(
+                {
+                    "event": f"{what} killed at {found} new items",
+                    "searches_answered": answered,
+                    "searches_failed": failed,
+                    "slowest_ms": slowest,
+                    "items_after": held,
+                }
+            )
+            print(json.dumps(events[-1]), flush=True)
+            rows.append(searches.phase(f"{held['new'] / args.items:.0%} new"))
+            print(json.dumps(rows[-1]), flush=True)
+        process = fill(server.uri, file, args.items)
+        answered, failed, found, slowest = until(searches, process, args.items + 1)
+        code = process.wait()
+        done = {"event": f"backfill ended with {code}", "searches_answered": answered}
+        events.append({**done, "searches_failed": failed, "slowest_ms": slowest})
+        rows.append(searches.phase("after: all new"))
+        print(json.dumps(rows[-1]), flush=True)
+        held, wanted = contents(searches.store), expected([(new, "new")])
+        final = {
+            "items": held.items,
+            "versions": held.versions,
+            "repeated": held.repeated,
+            "checksum": held.checksum,
+            "checksum_expected": wanted.checksum,
+            "as_written": held == wanted,
+        }
+    finally:
+        server.kill()
+    return {"items": args.items, "dim": args.dim, "events": events, "rows": rows, "final": final}
+
+
+def main():
+    """Prints every phase as it ends, and writes results.json."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--items", type=int, default=200_000)
+    parser.add_argument("--dim", type=int, default=64)
+    parser.add_argument("--queries", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    found = drill(args)
+    (args.out / "results.json").write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found["final"]))
+    raise SystemExit(0 if found["final"]["as_written"] else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``m2jax retrieval``: a vector database of several model versions, and whether to upgrade."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from m2jax.cli import files
+
+NOT_SAFE = 5
+
+
+def add_parser(subparsers: Any) -> None:
+    """Declares the verb and its three parts."""
+    parser = subparsers.add_parser(
+        "retrieval", help="index and search vectors; say whether an upgrade is safe"
+    )
+    parts = parser.add_subparsers(dest="part", required=True, metavar="PART")
+    index = parts.add_parser(
+        "index",
+        help="store features, or replace those of an older model",
+        description="Gives each item its vector of a version. On items of another version this is "
+        "the backfill of an upgrade: it may run while the database is searched, and be stopped or "
+        "killed and started again; every item has one vector at any time.",
+        allow_abbrev=False,
+    )
+    search = parts.add_parser(
+        "search",
+        help="nearest items of queries, over all versions",
+        description="Writes one JSON line per query: id and hits of id, score and version.",
+        allow_abbrev=False,
+    )
+    for each in (index, search):
+        each.add_argument(
+            "--features", nargs="+", type=Path, required=True, metavar="FILE.npz",
+            help="made by m2jax embed: features [n, dim] and ids [n]",
+        )  # fmt: skip
+        each.add_argument("--uri", default="milvus.db", help="NAME.db (embedded) or http://...")
+        each.add_argument("--collection", default="items", help="default: items")
+        each.add_argument("--token", default="", help="of a cluster that asks for one")
+    index.add_argument("--version", required=True, help="name of the model that made them")
+    index.add_argument("--batch", type=int, default=1000, help="items of one write")
+    index.add_argument("--pause", type=float, default=0.0, help="seconds between writes")
+    index.add_argument("--index", default="FLAT", help="FLAT (exact, default), HNSW, AUTOINDEX")
+    search.add_argument("--k", type=int, default=10, help="items of an answer")
+    search.add_argument("--versions", nargs="+", default=[], help="only these (default: all)")
+    search.add_argument("--out", type=Path, metavar="FILE.jsonl", help="default: the terminal")
+    report = parts.add_parser(
+        "upgrade-report",
+        help="self-test, cross-test, compatibility scores; exit 5: not safe",
+        description="Each folder is a data set with old_queries.npz, old_gallery.npz, "
+        "new_queries.npz, new_gallery.npz (and alone_*.npz of a new model trained alone) made by "
+        "m2jax embed, and truth.json. Exit 5 when something speaks against the upgrade.",
+        allow_abbrev=False,
+    )
+    report.add_argument("folders", nargs="+", type=Path, metavar="DIR")
+    report.add_argument("--k", type=int, default=100, help="of mAP@k (default: 100)")
+    report.add_argument(
+        "--margin", type=float, default=0.0, help="that the cross-test must be above by"
+    )
+    report.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    for each in (index, search, report):
+        each.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs one part."""
+    parts = {"index": run_index, "search": run_search, "upgrade-report": run_report}
+    return parts[args.part](args)
+
+
+def run_index(args: argparse.Namespace) -> int:
+    """Stores features; says what was added, replaced and there already."""
+    from m2jax.tasks.retrieval.backfill import Progress, backfill, read_features
+    from m2jax.tasks.retrieval.store import Store, checked_version
+
+    checked_version(args.version)
+    features = read_features(args.features)
+
+    def say(done: Progress) -> None:
+        print(f"\r{done.seen:,}/{len(features.ids):,}", end="", file=sys.stderr, flush=True)
+
+    with Store(args.uri, args.collection, args.token) as store:
+        store.create(features.vectors.shape[1], index=args.index)
+        done = backfill(store, features, args.version, batch=args.batch, pause=args.pause, say=say)
+        print(file=sys.stderr)
+        print(
+            f"{args.collection}: {done.added:,} added, {done.replaced:,} replaced, "
+            f"{done.passed:,} there already; {store.count():,} items, "
+            f"{store.count(args.version):,} of version {args.version}"
+        )
+    return 0
+
+
+def run_search(args: argparse.Namespace) -> int:
+    """Answers queries."""
+    from m2jax.config import UserError
+    from m2jax.tasks.retrieval.backfill import read_features
+    from m2jax.tasks.retrieval.store import Store
+
+    if args.k < 1:
+        raise UserError(f"--k {args.k}: must be at least 1")
+    if args.out:
+        files.check_parent(args.out, "--out")
+    queries = read_features(args.features)
+    lines = []
+    with Store(args.uri, args.collection, args.token) as store:
+        for first in range(0, len(queries.ids), 100):
+            rows = slice(first, first + 100)
+            answers = store.search(queries.vectors[rows], args.k, args.versions)
+            for name, answer in zip(queries.ids[rows], answers, strict=True):
+                hits = [each._asdict() for each in answer]
+                lines.append(json.dumps({"id": name, "hits": hits}, ensure_ascii=False))
+    text = "".join(f"{line}\n" for line in lines)
+    if args.out:
+        files.write(args.out, lambda file: file.write(text.encode()))
+    else:
+        print(text, end="")
+    return 0
+
+
+def run_report(args: argparse.Namespace) -> int:
+    """Prints the figures of each data set and the verdict."""
+    from m2jax.dist.host import load_devices
+    from m2jax.tasks.retrieval.upgrade import judge
+
+    if args.json:
+        files.check_parent(args.json, "--json")
+    load_devices()
+    report = judge(args.folders, k=args.k, margin=args.margin)
+    for each in report.sets:
+        alone = "" if each.alone is None else f", trained alone {each.alone:.4f}"
+        print(
+            f"{each.name} ({each.metric}): old {each.old:.4f}, new {each.new:.4f}, "
+            f"cross {each.cross:.4f}, half filled {each.mixed:.4f}{alone}"
+        )
+        for reason in each.against:
+            print(f"  against: {reason}")
+    if report.scores:
+        p = report.scores
+        print(f"P_up {p.p_up:.2f}, P_comp {p.p_comp:.2f}, P_1 {p.p_1:.2f}")
+    print("safe: the new model can search the stored vectors" if report.safe else "not safe")
+    if args.json:
+        found = {
+            "safe": report.safe,
+            "scores": report.scores and report.scores._asdict(),
+            "sets": {each.name: each._asdict() for each in report.sets},
+        }
+        text = json.dumps(found, indent=1) + "\n"
+        files.write(args.json, lambda file: file.write(text.encode()))
+    return 0 if report.safe else NOT_SAFE

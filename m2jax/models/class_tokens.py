@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A vision transformer with several class tokens, each with a position of its own (DC-Former).
+
+Source: Li et al. 2023 (AAAI) and its published code, which builds on TransReID (He et al. 2021):
+overlapping patches, images of any shape, and side information (a camera's embedding on every
+token). The stack of layers is the one of ``models.stack``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from m2jax.config import UserError
+from m2jax.config_dual import Tower
+from m2jax.dist.sharding import constrain
+from m2jax.models import layers
+from m2jax.models.params import Params
+from m2jax.models.stack import Stack
+
+SIDE_WEIGHT = 3.0  # of the camera's embedding
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassTokens(Tower):
+    """Sizes of the model; those of a ViT-B/16 unless given."""
+
+    activation: str = "gelu"
+    eps: float = 1e-6
+    tokens: int = 2  # class tokens, K
+    height: int = 256  # pixels
+    image_width: int = 128  # pixels
+    patch_size: int = 16  # pixels
+    stride: tuple[int, int] = (16, 16)  # down and across; below the patch size patches overlap
+    pre_norm: bool = False  # a norm before the first layer (CLIP's towers have it)
+    cameras: int = 0  # with an embedding of their own; 0: no side information
+    side_weight: float = SIDE_WEIGHT
+    remat: str = "none"
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches down and across."""
+        down, across = (
+            (side - self.patch_size) // step + 1
+            for side, step in zip((self.height, self.image_width), self.stride, strict=True)
+        )
+        return down, across
+
+
+class ClassTokenTower(nnx.Module):
+    """Pixels to K vectors of an image.
+
+    Raises:
+        UserError: sizes that do not fit together.
+    """
+
+    def __init__(self, rngs: nnx.Rngs, cfg: ClassTokens):
+        if min(cfg.grid) < 1 or cfg.tokens < 1 or cfg.width % cfg.heads or min(cfg.stride) < 1:
+            raise UserError(
+                f"class tokens: {cfg.tokens} tokens, {cfg.height} x {cfg.image_width} pixels, "
+                f"patches of {cfg.patch_size} every {cfg.stride}, width {cfg.width} in "
+                f"{cfg.heads} heads: these do not fit together: change one"
+            )
+        d, p, kind = cfg.width, cfg.patch_size, jnp.dtype("float32")
+        self.cfg = cfg
+
+        def table(*shape: int, std: float = 0.02) -> nnx.Param:
+            axes = (*(None,) * (len(shape) - 1), "embed")
+            return layers.param(rngs, layers.normal(std), shape, axes, kind)
+
+        self.kernel = table(p, p, 3, d, std=(3 * p * p) ** -0.5)
+        self.bias = table(d, std=0.0)
+        self.cls_tokens = table(cfg.tokens, d)
+        # Random and different per token: with equal rows the tokens would stay equal for ever.
+        self.positions = table(cfg.tokens + cfg.grid[0] * cfg.grid[1], d)
+        self.cameras = table(cfg.cameras, d) if cfg.cameras else None
+        self.pre_norm = layers.LayerNorm(rngs, d, eps=cfg.eps) if cfg.pre_norm else None
+        self.stack = Stack(
+            rngs, cfg, post_norm=False, attention="batch", dtype=kind, remat=cfg.remat, unroll=1
+        )
+        self.norm = layers.LayerNorm(rngs, d, eps=cfg.eps)
+
+    def __call__(
+        self, pixels: Float[Array, "batch h w 3"], cameras: Int[Array, " batch"] | None = None
+    ) -> Float[Array, "batch k width"]:
+        """The class tokens after the last norm.
+
+        Args:
+            pixels: normalised.
+            cameras: of each image, from 0; the model must have embeddings for them. Without, the
+                tokens get no side information.
+        """
+        kernel = self.kernel[...].astype(pixels.dtype)
+        patches = jax.lax.conv_general_dilated(
+            pixels,
+            kernel,
+            self.cfg.stride,
+            "VALID",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            precision="highest",
+        )
+        patches = patches.reshape(len(pixels), -1, self.cfg.width) + self.bias[...]
+        first = jnp.broadcast_to(self.cls_tokens[...], (len(pixels), *self.cls_tokens[...].shape))
+        x = jnp.concatenate([first, patches], axis=1) + self.positions[...]
+        if cameras is not None:
+            assert self.cameras is not None
+            x = x + self.cfg.side_weight * self.cameras[...][cameras][:, None]
+        x = x if self.pre_norm is None else self.pre_norm(x)
+        tokens = self.stack(constrain(x, ("batch", None, None)))
+        return self.norm(tokens[:, : self.cfg.tokens])
+
+
+def resized_positions(
+    table: Float[Array, "rows width"], first: int, grid: tuple[int, int], new: Array
+) -> Float[Array, "new width"]:
+    """A position table for another grid and another number of class tokens.
+
+    Args:
+        table: of a model with a square grid: ``first`` rows of class tokens, then the grid.
+        first: how many those are; they are not taken over.
+        grid: patches down and across.
+        new: a fresh table, whose rows of class tokens stay as they are: what tells tokens apart.
+    """
+    side = int((len(table) - first) ** 0.5)
+    if side * side != len(table) - first:
+        raise UserError(
+            f"class tokens: {len(table) - first} positions of patches are no square grid: "
+            "start from a model of square images"
+        )
+    old = table[first:].reshape(side, side, -1)
+    # Bilinear with half-pixel centres and no smoothing, as torch resizes without align_corners.
+    found = jax.image.resize(old, (*grid, old.shape[-1]), "linear", antialias=False)
+    flat = found.reshape(grid[0] * grid[1], -1)
+    return jnp.concatenate([new[: len(new) - len(flat)], flat.astype(new.dtype)])
+
+
+def from_vision_tower(params: Params, cfg: ClassTokens, rng: jax.Array) -> Params:
+    """Parameters that start from the image tower of a model of the CLIP family.
+
+    The class token is copied to all K; their positions start at random, the grid's are resized.
+
+    Args:
+        params: of the tower: ``bundle.params["vision"]``, whose pooling is by a class token.
+        cfg: of the model to start; width, layers, heads and patch size must be the tower's.
+        rng: of what the tower has not.
+
+    Raises:
+        UserError: a tower without a class token, or sizes that differ.
+    """
+    fresh = nnx.to_pure_dict(nnx.state(ClassTokenTower(nnx.Rngs(params=rng), cfg)))
+    if "cls_token" not in params:
+        raise UserError(
+            "class tokens: the tower has no class token: start from a ViT or CLIP model"
+        )
+    if ("pre_norm" in params) != cfg.pre_norm:
+        raise UserError(
+            f"class tokens: pre_norm={cfg.pre_norm} but the tower has "
+            f"{'one' if 'pre_norm' in params else 'none'}: change it"
+        )
+    taken = {
+        "kernel": params["kernel"],
+        "bias": params.get("bias", jnp.zeros_like(fresh["bias"])),
+        "cls_tokens": jnp.broadcast_to(params["cls_token"], fresh["cls_tokens"].shape),
+        "positions": fresh["positions"],
+        "stack": params["stack"],
+        "norm": params["norm"],
+        **({"pre_norm": params["pre_norm"]} if cfg.pre_norm else {}),
+    }
+    made = fresh | taken
+    found = [jax.tree.map(jnp.shape, tree) for tree in (made, fresh)]
+    if jax.tree.structure(made) != jax.tree.structure(fresh) or found[0] != found[1]:
+        raise UserError(
+            "class tokens: the tower's width, layers or patch size differ from the config's: "
+            "make them equal"
+        )
+    made["positions"] = resized_positions(params["positions"], 1, cfg.grid, fresh["positions"])
+    return jax.tree.map(jnp.copy, made)

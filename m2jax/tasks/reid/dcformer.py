@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DC-Former as a task of the trainer: K class tokens, a head per token, scenes taken out on demand.
+
+Source: Li et al. 2023 (AAAI) and its published code. Each token goes through a batch normalisation
+of its own (no shift) to a classifier of its own; triplet and diversity see the tokens before it,
+and so does inference, which is why no running statistics are kept. Scene removal is that of
+``losses.adversarial``, on the concatenated tokens, and our choice in form and weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from m2jax.config import UserError
+from m2jax.losses.adversarial import scene_adversary
+from m2jax.losses.diversity import Parts, dcformer_loss
+from m2jax.models import layers
+from m2jax.models import params as params_lib
+from m2jax.models.batch_norm import EPS
+from m2jax.models.class_tokens import ClassTokens, ClassTokenTower, from_vision_tower
+from m2jax.models.params import Abstract, Params
+from m2jax.train.task import Batch, Metrics
+
+SCENES = ("none", "reversal", "confusion")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What is trained."""
+
+    tower: ClassTokens
+    identities: int  # of the training set
+    dynamic: bool = False  # DWC instead of SDC
+    diversity: float = 1.0  # weight
+    scenes: str = "none"  # none | reversal | confusion: what takes cameras out of the features
+    cameras: int = 0  # for scenes; the tower's side information counts its own
+    scene_weight: float = 0.1
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # of RGB in [0, 1]
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    erase: float = 0.5  # share of images with a rectangle of noise (random erasing)
+    gray: float = 1.0  # share of images with a rectangle turned gray, as published
+    flip: float = 0.5  # share of mirrored images
+    pad: int = 10  # pixels around, of which a random crop is taken
+
+
+class _Heads(nnx.Module):
+    """A normalisation without shift and a classifier without bias for each token."""
+
+    def __init__(self, rngs: nnx.Rngs, tokens: int, width: int, identities: int):
+        kind, small = jnp.dtype("float32"), layers.normal(0.001)
+        self.scale = layers.param(
+            rngs, layers.constant(1.0), (tokens, width), (None, "embed"), kind
+        )
+        self.kernel = layers.param(
+            rngs, small, (tokens, width, identities), (None, "embed", None), kind
+        )
+
+    def __call__(self, tokens: Float[Array, "batch k width"]) -> Float[Array, "batch k ids"]:
+        centred = tokens - tokens.mean(0)
+        normal = centred * jax.lax.rsqrt(jnp.square(centred).mean(0) + EPS) * self.scale[...]
+        return jnp.einsum("bkd,kdn->bkn", normal, self.kernel[...], precision="highest")
+
+
+class DCFormer(nnx.Module):
+    """The tower and its heads."""
+
+    def __init__(self, rngs: nnx.Rngs, cfg: Settings):
+        tokens, width = cfg.tower.tokens, cfg.tower.width
+        self.tower = ClassTokenTower(rngs, cfg.tower)
+        self.heads = _Heads(rngs, tokens, width, cfg.identities)
+        shape, small = (tokens * width, cfg.cameras), layers.normal(0.001)
+        self.scene = (
+            layers.Linear(rngs, shape, (None, None), init=small) if cfg.scenes != "none" else None
+        )
+
+
+class DCFormerTask:
+    """The objective; a batch has ``image`` uint8 [n, h, w, 3], ``identity`` and ``camera`` [n].
+
+    Args:
+        cfg: what is trained.
+        mesh: over all its devices the hardest pairs are found.
+        start: parameters of a tower to start from, as ``bundle.params["vision"]`` of a model of
+            the CLIP family; random ones if not given.
+
+    Raises:
+        UserError: settings that exclude each other.
+    """
+
+    def __init__(self, cfg: Settings, mesh: Mesh | None = None, start: Params | None = None):
+        if cfg.scenes not in SCENES:
+            raise UserError(f"scenes={cfg.scenes!r}: use one of {', '.join(SCENES)}")
+        if cfg.scenes != "none" and (cfg.tower.cameras or cfg.cameras < 2):
+            raise UserError(
+                f"scenes={cfg.scenes}: needs two cameras or more to take out, and a tower without "
+                "side information, which would put them in: change one"
+            )
+        self.cfg, self.mesh, self._start = cfg, mesh, start
+        self.model: Abstract = params_lib.abstract_of(lambda rngs: DCFormer(rngs, cfg))
+
+    def init(self, rng: jax.Array) -> Params:
+        """Fresh heads, and a tower that is fresh or the one to start from."""
+        params = params_lib.initialise_of(lambda rngs: DCFormer(rngs, self.cfg), rng)
+        if self._start is not None:
+            first = jax.random.fold_in(rng, 1)
+            params["tower"] = from_vision_tower(self._start, self.cfg.tower, first)
+        return params
+
+    def batch_spec(self, batch_size: int) -> Mapping[str, jax.ShapeDtypeStruct]:
+        """Images with who is on them and which camera took them."""
+        shape = (batch_size, self.cfg.tower.height, self.cfg.tower.image_width, 3)
+        whole = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+        return {
+            "image": jax.ShapeDtypeStruct(shape, jnp.uint8),
+            "identity": whole,
+            "camera": whole,
+        }
+
+    def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Metrics]:
+        """DC-Former's loss, and the scene adversary's where there is one."""
+        model = params_lib.bind(self.model.graph, params)
+        pixels = augment(normalised(batch["image"], self.cfg), self.cfg, rng)
+        sides = batch["camera"] if self.cfg.tower.cameras else None
+        tokens = model.tower(pixels, sides)
+        parts: Parts = dcformer_loss(
+            tokens,
+            model.heads(tokens),
+            batch["identity"],
+            dynamic=self.cfg.dynamic,
+            weight=self.cfg.diversity,
+            mesh=self.mesh,
+        )
+        metrics = {
+            "loss/identity": parts.identity.mean(),
+            "loss/triplet": parts.triplet.mean(),
+            "loss/diverse": parts.diverse,
+        }
+        if self.cfg.scenes == "none":
+            return parts.total, metrics
+        added, told = scene_adversary(
+            tokens.reshape(len(tokens), -1),
+            model.scene.kernel[...],
+            batch["camera"],
+            form=self.cfg.scenes,
+            weight=self.cfg.scene_weight,
+        )
+        return parts.total + added, {**metrics, "loss/scene": told}
+
+    def embed(
+        self, params: Params, images: np.ndarray, cameras: Int[np.ndarray, " batch"] | None = None
+    ) -> Float[Array, "batch features"]:
+        """Features of images: all tokens before their norms side by side, of unit length."""
+        model = params_lib.bind(self.model.graph, params)
+        sides = None if cameras is None or not self.cfg.tower.cameras else jnp.asarray(cameras)
+        tokens = model.tower(normalised(jnp.asarray(images), self.cfg), sides)
+        flat = tokens.reshape(len(tokens), -1)
+        return flat / jnp.maximum(jnp.linalg.norm(flat, axis=1, keepdims=True), 1e-12)
+
+    def after_update(self, params: Params) -> Params:
+        """Nothing to project."""
+        return params
+
+    def frozen(self, name: str) -> bool:
+        """Every parameter is trained."""
+        return False
+
+    def layer_scales(self, decay: float) -> Mapping[str, Any]:
+        """No decay over layers: the published recipe has none."""
+        raise UserError("optim.layer_decay: DC-Former has none: set it to 1")
+
+
+def normalised(images: jax.Array, cfg: Settings) -> Float[Array, "batch h w 3"]:
+    """Pixels of uint8 images, standardised by the settings' mean and deviation."""
+    return (images.astype(jnp.float32) / 255 - jnp.asarray(cfg.mean)) / jnp.asarray(cfg.std)
+
+
+def augment(
+    pixels: Float[Array, "batch h w 3"], cfg: Settings, rng: jax.Array
+) -> Float[Array, "batch h w 3"]:
+    """The published changes: a gray rectangle, mirroring, a shifted crop, one part erased."""
+    keys = jax.random.split(rng, 5)
+    count, height, width, _ = pixels.shape
+    gray = (pixels * jnp.asarray([0.299, 0.587, 0.114])).sum(-1, keepdims=True)
+    here = rectangles(keys[0], count, height, width, cfg.gray)[..., None]
+    pixels = jnp.where(here, gray, pixels)
+    mirrored = jax.random.bernoulli(keys[1], cfg.flip, (count, 1, 1, 1))
+    pixels = jnp.where(mirrored, pixels[:, :, ::-1], pixels)
+    around = ((0, 0), (cfg.pad, cfg.pad), (cfg.pad, cfg.pad), (0, 0))
+    shifts = jax.random.randint(keys[2], (count, 2), 0, 2 * cfg.pad + 1)
+
+    def crop(image: jax.Array, shift: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice(image, (shift[0], shift[1], 0), (height, width, 3))
+
+    pixels = jax.vmap(crop)(jnp.pad(pixels, around), shifts)
+    here = rectangles(keys[3], count, height, width, cfg.erase)[..., None]
+    return jnp.where(here, jax.random.normal(keys[4], pixels.shape), pixels)
+
+
+def rectangles(rng: jax.Array, count: int, height: int, width: int, share: float) -> Array:
+    """A random rectangle of a share of the images: 2 to 40 % of the area, 0.3 to 1/0.3 high."""
+    keys = jax.random.split(rng, 5)
+    area = height * width * jax.random.uniform(keys[0], (count,), minval=0.02, maxval=0.4)
+    log = np.log(0.3)
+    aspect = jnp.exp(jax.random.uniform(keys[1], (count,), minval=log, maxval=-log))
+    tall = jnp.minimum(jnp.sqrt(area * aspect), height).astype(jnp.int32)
+    wide = jnp.minimum(jnp.sqrt(area / aspect), width).astype(jnp.int32)
+    top = (jax.random.uniform(keys[2], (count,)) * (height - tall + 1)).astype(jnp.int32)
+    left = (jax.random.uniform(keys[3], (count,)) * (width - wide + 1)).astype(jnp.int32)
+    rows, columns = jnp.arange(height), jnp.arange(width)
+    inside = (rows >= top[:, None]) & (rows < (top + tall)[:, None])
+    beside = (columns >= left[:, None]) & (columns < (left + wide)[:, None])
+    chosen = jax.random.bernoulli(keys[4], share, (count, 1, 1))
+    return inside[:, :, None] & beside[:, None] & chosen

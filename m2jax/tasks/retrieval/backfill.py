@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Filling a collection with a model's vectors while it is searched, and proving what it holds.
+
+The collection itself is the record of progress: of each batch, what has the version already is
+passed over. So a run may be stopped or killed anywhere and started again, several may run at once,
+and there is no file beside the database that could disagree with it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float32
+
+from m2jax.config import UserError
+from m2jax.tasks.retrieval.store import ID_BYTES, Store, checked_version, unit
+
+BATCH = 1000  # items of one write
+SAME = 1e-5  # numbers of equal vectors may differ by
+
+
+class Features(NamedTuple):
+    """Vectors by the names of their items."""
+
+    ids: list[str]
+    vectors: Float32[np.ndarray, "items dim"]
+
+
+class Progress(NamedTuple):
+    """What a backfill has done so far."""
+
+    seen: int
+    added: int  # items that were not there
+    replaced: int  # items of another version
+    passed: int  # items that had this version already
+
+
+class Contents(NamedTuple):
+    """What a collection holds."""
+
+    items: int
+    versions: dict[str, int]
+    checksum: str  # of ids, versions and vectors, in any order
+    repeated: int  # ids that came more than once: always 0 in a sound collection
+
+
+def read_features(files: Sequence[Path]) -> Features:
+    """Features of the .npz files that ``m2jax embed`` writes, as one.
+
+    Raises:
+        UserError: a file that cannot be read, features that are no numbers, an id that cannot be
+            stored or comes twice, or files that do not fit each other.
+    """
+    ids: list[str] = []
+    parts: list[np.ndarray] = []
+    for file in files:
+        try:
+            with np.load(file, allow_pickle=False) as held:
+                names, vectors = held["ids"], held["features"]
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(
+                f"{file}: no features and ids in it ({error}): make it with m2jax embed"
+            ) from error
+        if vectors.ndim != 2 or names.shape != vectors.shape[:1] or not vectors.size:
+            raise UserError(
+                f"{file}: features {vectors.shape} and ids {names.shape} do not fit: give "
+                "[n, dim] and [n]"
+            )
+        if parts and vectors.shape[1] != parts[0].shape[1]:
+            raise UserError(f"{file}: features of another dimension than {files[0]}: split them")
+        if vectors.dtype.kind != "f" or not np.isfinite(vectors).all():
+            raise UserError(f"{file}: a feature is not a number: embed anew")
+        if not np.linalg.norm(vectors.astype(np.float64), axis=1).all():
+            raise UserError(f"{file}: a feature is zero and has no direction: embed anew")
+        ids += [str(name) for name in names]
+        parts.append(vectors.astype(np.float32))
+    _check_ids(ids)
+    if not parts:
+        raise UserError("--features: names no file: give at least one")
+    return Features(ids, np.concatenate(parts))
+
+
+def _check_ids(ids: Sequence[str]) -> None:
+    seen: set[str] = set()
+    for name in ids:
+        if not 0 < len(name.encode("utf-8", "replace")) <= ID_BYTES:
+            raise UserError(f"id {name[:40]!r}: must have 1 to {ID_BYTES} bytes: shorten it")
+        if name in seen:
+            raise UserError(f"id {name[:40]!r}: comes twice: name each item once")
+        seen.add(name)
+
+
+def backfill(
+    store: Store,
+    features: Features,
+    version: str,
+    *,
+    batch: int = BATCH,
+    pause: float = 0.0,
+    say: Callable[[Progress], None] = lambda _: None,
+) -> Progress:
+    """Gives every item its vector of a version; goes on where an earlier run was cut off.
+
+    Args:
+        store: its collection must be there.
+        features: of all items.
+        version: of the model that made them.
+        batch: items of one write.
+        pause: seconds between writes, to leave the database to its searchers.
+        say: hears of each batch.
+
+    Raises:
+        UserError: an item has this version already with another vector.
+    """
+    checked_version(version)
+    if batch < 1 or pause < 0:
+        raise UserError(f"--batch {batch} --pause {pause}: at least 1, and 0 or more")
+    done = Progress(0, 0, 0, 0)
+    for first in range(0, len(features.ids), batch):
+        ids = features.ids[first : first + batch]
+        vectors = unit(features.vectors[first : first + batch])
+        there = store.read(ids)
+        has = np.array([name in there and there[name].version == version for name in ids])
+        for place in np.flatnonzero(has):
+            if np.abs(there[ids[place]].vector - vectors[place]).max() > SAME:
+                raise UserError(
+                    f"{ids[place]}: has another vector of version {version} already: give the "
+                    "new model a version of its own"
+                )
+        todo = np.flatnonzero(~has)
+        if len(todo):
+            store.write([ids[place] for place in todo], vectors[todo], version)
+        replaced = sum(ids[place] in there for place in todo)
+        done = Progress(
+            done.seen + len(ids),
+            done.added + len(todo) - replaced,
+            done.replaced + replaced,
+            done.passed + int(has.sum()),
+        )
+        say(done)
+        if pause and len(todo):
+            time.sleep(pause)
+    return done
+
+
+def contents(store: Store) -> Contents:
+    """Goes through a whole collection once."""
+    return _sum_up((row.id, row.version, row.vector) for row in store.rows())
+
+
+def expected(parts: Iterable[tuple[Features, str]]) -> Contents:
+    """What a collection must hold that was filled with these, where later ones win."""
+    newest: dict[str, tuple[str, np.ndarray]] = {}
+    for features, version in parts:
+        vectors = unit(features.vectors)
+        newest |= {
+            name: (version, vector) for name, vector in zip(features.ids, vectors, strict=True)
+        }
+    return _sum_up((name, version, vector) for name, (version, vector) in newest.items())
+
+
+def _sum_up(rows: Iterable[tuple[str, str, np.ndarray]]) -> Contents:
+    total, count, repeated, seen = 0, 0, 0, set()
+    versions: dict[str, int] = {}
+    for name, version, vector in rows:
+        body = f"{name}\0{version}\0".encode() + np.asarray(vector, "<f4").tobytes()
+        digest = hashlib.blake2b(body, digest_size=16).digest()
+        total = (total + int.from_bytes(digest, "little")) % 2**128  # in any order
+        repeated += name in seen
+        seen.add(name)
+        count += 1
+        versions[version] = versions.get(version, 0) + 1
+    return Contents(count, dict(sorted(versions.items())), f"{total:032x}", repeated)

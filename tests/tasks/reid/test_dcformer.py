@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The task in the trainer's own step, on one device and on eight."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from m2jax import config
+from m2jax.config import UserError
+from m2jax.config_dual import Dual, Text, Vision
+from m2jax.dist.sharding import batch_sharding
+from m2jax.models import params as params_lib
+from m2jax.models.class_tokens import ClassTokens, from_vision_tower
+from m2jax.models.dual import DualEncoder
+from m2jax.tasks.reid import dcformer
+from m2jax.tasks.reid.dcformer import DCFormerTask, Settings
+from m2jax.train.step import make_step
+from m2jax.train.task import Task
+from tests.losses.reductions import mesh_of
+
+TOWER = ClassTokens(
+    width=16,
+    layers=2,
+    heads=2,
+    mlp_width=32,
+    tokens=3,
+    height=16,
+    image_width=8,
+    patch_size=4,
+    stride=(4, 2),
+)
+PLAIN = Settings(tower=TOWER, identities=4, erase=0.0, gray=0.0, flip=0.0, pad=0)
+
+
+def batch(n=16, seed=0):
+    """Identities are colours, cameras are brightness."""
+    rng = np.random.default_rng(seed)
+    identity = np.repeat(np.arange(4), n // 4)
+    camera = np.tile(np.arange(2), n // 2)
+    colours = rng.integers(30, 200, (4, 1, 1, 3))
+    image = colours[identity] + 20 * camera[:, None, None, None]
+    image = image + rng.integers(0, 20, (n, 16, 8, 3))
+    found = {"image": image.astype(np.uint8), "identity": identity, "camera": camera}
+    return {name: jnp.asarray(value) for name, value in found.items()}
+
+
+def losses(cfg, mesh_name, steps):
+    mesh = mesh_of(mesh_name)
+    task = DCFormerTask(cfg, mesh)
+    experiment = config.Experiment(
+        optim=config.Optim(learning_rate=3e-3, warmup_steps=0),
+        train=config.Train(steps=steps),
+        data=config.Data(batch_size=16),
+    )
+    step = make_step(experiment, task, mesh)
+    state, found = step.init(), []
+    placed = jax.device_put(batch(), batch_sharding(mesh))
+    for _ in range(steps):
+        state, metrics = step.run(state, placed)
+        found.append({name: float(value) for name, value in metrics.items()})
+    return found, task, state.params
+
+
+def test_eight_devices_train_as_one():
+    """The hardest pairs of the global batch, by the trainer's own step."""
+    one, task, params = losses(PLAIN, 1, 12)
+    eight, _, _ = losses(PLAIN, "ring of 8", 2)
+    assert isinstance(task, Task)
+    for a, b in zip(one, eight, strict=False):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+    assert one[-1]["loss"] < 0.8 * one[0]["loss"]
+    assert one[-1]["loss/diverse"] < one[0]["loss/diverse"]
+    features = np.asarray(task.embed(params, np.asarray(batch()["image"])))
+    assert features.shape == (16, 48)
+    np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["reversal", "confusion"])
+def test_scenes_come_out_of_the_features_alone(form):
+    """The classifier of scenes learns the same with and without a weight on what features get."""
+    made = [
+        DCFormerTask(dataclasses.replace(PLAIN, scenes=form, cameras=2, scene_weight=weight))
+        for weight in (0.0, 5.0)
+    ]
+    params = made[0].init(jax.random.key(0))
+    shape = params["scene"]["kernel"].shape
+    params["scene"]["kernel"] = jax.random.normal(jax.random.key(1), shape)
+    grads = [
+        jax.grad(lambda p, task=task: task.loss(p, batch(), jax.random.key(2))[0])(params)
+        for task in made
+    ]
+    told = [grad["scene"]["kernel"] for grad in grads]
+    np.testing.assert_allclose(*told, atol=1e-5)
+    towers = [params_lib.flatten(g["tower"])["cls_tokens"] for g in grads]
+    assert np.abs(towers[0] - towers[1]).max() > 1e-4
+
+
+def test_settings_that_exclude_each_other():
+    with pytest.raises(UserError, match="use one of none"):
+        DCFormerTask(dataclasses.replace(PLAIN, scenes="all"))
+    with pytest.raises(UserError, match="needs two cameras"):
+        DCFormerTask(dataclasses.replace(PLAIN, scenes="reversal", cameras=1))
+    sided = dataclasses.replace(TOWER, cameras=2)
+    with pytest.raises(UserError, match="side information"):
+        DCFormerTask(dataclasses.replace(PLAIN, tower=sided, scenes="reversal", cameras=2))
+    with pytest.raises(UserError, match="do not fit together"):
+        DCFormerTask(dataclasses.replace(PLAIN, tower=dataclasses.replace(TOWER, heads=3)))
+
+
+def test_rectangles_and_crops_stay_inside():
+    masks = np.asarray(dcformer.rectangles(jax.random.key(0), 200, 20, 10, 0.5))
+    shares = masks.mean((1, 2))
+    assert 0.3 < (shares > 0).mean() < 0.7
+    assert shares.max() <= 0.4
+    for mask in masks[shares > 0]:
+        rows, columns = mask.any(1), mask.any(0)
+        assert mask.sum() == rows.sum() * columns.sum()  # one whole rectangle
+    changed = dataclasses.replace(PLAIN, flip=0.5, pad=3, gray=1.0, erase=0.5)
+    pixels = dcformer.normalised(batch()["image"], changed)
+    found = dcformer.augment(pixels, changed, jax.random.key(0))
+    assert found.shape == pixels.shape
+    same = dcformer.augment(pixels, PLAIN, jax.random.key(0))
+    np.testing.assert_array_equal(same, pixels)
+
+
+def clip(pre_norm=True):
+    sizes = {"width": 16, "layers": 2, "heads": 2, "mlp_width": 32}
+    vision = Vision(**sizes, image_size=16, patch_size=4, pre_norm=pre_norm)
+    return Dual(vision=vision, text=Text(**sizes, vocab_size=32, positions=4), out_dim=8)
+
+
+def test_a_clip_tower_to_start_from():
+    """Tokens begin alike but for their positions; the first step tells them apart."""
+    source = nnx.to_pure_dict(nnx.state(DualEncoder(clip(), nnx.Rngs(0))))["vision"]
+    tower = dataclasses.replace(TOWER, pre_norm=True, activation="quick_gelu", eps=1e-5)
+    task = DCFormerTask(dataclasses.replace(PLAIN, tower=tower), start=source)
+    params = task.init(jax.random.key(0))
+    shapes = jax.tree.map(lambda x: x.shape, task.model.params)
+    assert jax.tree.map(jnp.shape, params) == shapes
+    taken = params["tower"]
+    np.testing.assert_array_equal(taken["cls_tokens"], np.tile(source["cls_token"], (3, 1)))
+    assert np.abs(np.diff(np.asarray(taken["positions"])[:3], axis=0)).min(1).max() > 0
+    tokens = params_lib.bind(task.model.graph, params).tower(jnp.ones((2, 16, 8, 3)))
+    assert np.abs(tokens[:, 0] - tokens[:, 1]).max() > 1e-3
+    with pytest.raises(UserError, match="pre_norm=False but the tower has one"):
+        from_vision_tower(source, TOWER, jax.random.key(0))
+    thin = dataclasses.replace(tower, mlp_width=16)
+    with pytest.raises(UserError, match="differ from the config's"):
+        from_vision_tower(source, thin, jax.random.key(0))
+    pooled = {name: value for name, value in source.items() if name != "cls_token"}
+    with pytest.raises(UserError, match="no class token"):
+        from_vision_tower(pooled, tower, jax.random.key(0))
