@@ -128,6 +128,22 @@ def _scaled(scales: Mapping[str, Any] | None) -> optax.GradientTransformation:
     )
 
 
+def at_step(opt_state: optax.OptState, step: jax.Array) -> optax.OptState:
+    """The state of an optimiser with its schedules at ``step``.
+
+    A schedule counts the updates it has seen. Skipped steps and rewinds would leave it behind the
+    run for good, and the run would end before its decay does.
+    """
+
+    def moved(leaf: Any) -> Any:
+        schedule = isinstance(leaf, optax.ScaleByScheduleState)
+        return leaf._replace(count=jnp.asarray(step, leaf.count.dtype)) if schedule else leaf
+
+    return jax.tree.map(
+        moved, opt_state, is_leaf=lambda leaf: isinstance(leaf, optax.ScaleByScheduleState)
+    )
+
+
 def make_schedule(cfg: Optim, steps: int) -> optax.Schedule:
     """Linear warm-up to the peak, then the named decay to ``end_factor`` times the peak."""
     peak, rest = cfg.learning_rate, max(steps - cfg.warmup_steps, 1)

@@ -73,3 +73,24 @@ def test_moments_lie_where_their_parameters_lie(name):
         if shape.shape == (2, 16, 64) and name != "adafactor":
             assert place.spec == jax.sharding.PartitionSpec(None, "fsdp", "model")
     jax.jit(rule.init, out_shardings=found).lower(model.params)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "lion", "adafactor"])
+def test_schedules_follow_the_step_and_not_the_updates(name):
+    cfg = Optim(name=name, warmup_steps=4, schedule="linear", weight_decay=0.0)
+    params = {"blocks.fc1.kernel": jnp.ones((4, 4)), "norm.scale": jnp.ones(4)}
+    grads = jax.tree.map(lambda leaf: jnp.linspace(0.5, 1, leaf.size).reshape(leaf.shape), params)
+    rule = optim._rule(cfg, optim.make_schedule(cfg, 12))
+
+    def moved(count):
+        state = rule.init(params)
+        updates, after = rule.update(grads, optim.at_step(state, jnp.int32(count)), params)
+        again, _ = rule.update(grads, optim.at_step(after, jnp.int32(0)), params)
+        assert all(not leaf.any() for leaf in jax.tree.leaves(again))  # the rate of step 0 is 0
+        return updates
+
+    first, second, last = moved(4), moved(8), moved(12)
+    for a, b, c in zip(*map(jax.tree.leaves, (first, second, last)), strict=True):
+        np.testing.assert_allclose(b, a / 2, rtol=1e-5)  # half-way down
+        assert a.any()
+        assert not c.any()

@@ -7,16 +7,22 @@ run that goes on with other processes or workers sees what it would have seen.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from grain.experimental import index_shuffle
 from jaxtyping import Int
 
 from m2jax.config import UserError
 
 PERIOD = 1000  # places after which the sequence of sources repeats
 KEPT = 2  # permutations in memory per source: 8 bytes a row each
+LARGE = 2**27  # rows from which on each place is worked out by itself: 0.01 ms, no permutation
+ROUNDS = 4  # of the cipher that does it, as in Grain's own shuffle
+
+_making = threading.Lock()  # threads that prepare batches would each make the same permutation
 
 
 class Places(NamedTuple):
@@ -60,18 +66,29 @@ class Order:
         rows = np.empty_like(place)
         for one in {(int(p), int(e)) for p, e in zip(part, epoch, strict=True)}:
             here = (part == one[0]) & (epoch == one[1])
-            rows[here] = self._permutation(*one)[place[here]]
+            rows[here] = self._rows(*one, place[here])
         return Places(part, rows)
+
+    def _rows(self, part: int, epoch: int, places: np.ndarray) -> np.ndarray:
+        """The rows at places of one epoch of a source."""
+        size = self._sizes[part]
+        if size < LARGE:
+            return self._permutation(part, epoch)[places]
+        (seed,) = np.random.SeedSequence((self._seed, part, epoch)).generate_state(1).tolist()
+        return np.array([index_shuffle(int(i), size - 1, seed, ROUNDS) for i in places], np.int64)
 
     def _permutation(self, part: int, epoch: int) -> np.ndarray:
         """The order of a source in one epoch. The last ones made are kept."""
-        kept = self._kept[part]
-        order = kept.get(epoch)
+        order = self._kept[part].get(epoch)
         if order is None:
-            rng = np.random.default_rng((self._seed, part, epoch))
-            order = rng.permutation(self._sizes[part])
-            # A new dict, so that threads that look at the old one find it whole.
-            self._kept[part] = dict([*kept.items(), (epoch, order)][-KEPT:])
+            with _making:
+                kept = self._kept[part]
+                order = kept.get(epoch)
+                if order is None:
+                    rng = np.random.default_rng((self._seed, part, epoch))
+                    order = rng.permutation(self._sizes[part])
+                    # A new dict, so that threads that look at the old one find it whole.
+                    self._kept[part] = dict([*kept.items(), (epoch, order)][-KEPT:])
         return order
 
 

@@ -126,7 +126,8 @@ class PairBatches:
             "image": image,
             "text": tokens.ids.reshape(n, languages, -1),
             "text_mask": tokens.mask.reshape(n, languages, -1),
-            "concept": np.asarray(numbers, np.int32),
+            # Tells rows of a batch apart, so it may wrap around in sets of billions.
+            "concept": np.asarray(np.asarray(numbers, np.int64) % 2**31, np.int32),
             "part": found.part.astype(np.int32),
             "skipped": np.asarray([one.skipped for one in chosen], np.int32),
         }

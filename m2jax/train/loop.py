@@ -7,6 +7,7 @@ step n holds the state after n steps and the loader's state before batch n.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import time
 from collections.abc import Callable
@@ -30,6 +31,11 @@ from m2jax.train.meter import Meter
 from m2jax.train.state import TrainState
 from m2jax.train.step import Step
 from m2jax.train.task import Batch, Metrics
+
+# Steps handed to the devices and not yet done. One is enough to keep them busy; without a limit the
+# host runs tens of steps ahead, and a save at the step it has reached waits for all of them, which
+# the grace period of a preemption does not.
+IN_FLIGHT = 2
 
 
 class LoopResult(NamedTuple):
@@ -58,6 +64,7 @@ class Loop:
     profiler: Profiler = dataclasses.field(kw_only=True)
     workdir: Path = dataclasses.field(kw_only=True)
     score: Callable[[], dict[str, float]] = dict  # figures of the newest checkpoint, eval.every
+    flying: collections.deque[Metrics] = dataclasses.field(default_factory=collections.deque)
 
     def run(self, state: TrainState) -> LoopResult:
         """Runs to ``train.steps``, or to where a preemption stops it; saves on the way and then."""
@@ -116,11 +123,14 @@ class Loop:
         """Takes a batch and dispatches one step; the batch comes back for what may go wrong."""
         batch = next(self.loader)
         self.meter.fed()
+        if len(self.flying) == IN_FLIGHT:
+            jax.block_until_ready(self.flying.popleft())
         self.profiler.before(step)
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             state, metrics = self.step.run(state, batch)
         self.profiler.after(step, metrics)
         self.meter.stepped(metrics)
+        self.flying.append(metrics)
         return state, metrics, batch
 
     def log(

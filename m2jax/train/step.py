@@ -16,7 +16,7 @@ from m2jax.dist.sharding import AxisRules, batch_sharding, batch_shards, replica
 from m2jax.losses import accumulation
 from m2jax.models import fused_attention
 from m2jax.models import params as params_lib
-from m2jax.optim import Optimizer, make_optimizer, state_shardings
+from m2jax.optim import Optimizer, at_step, make_optimizer, state_shardings
 from m2jax.train import state as state_lib
 from m2jax.train.state import TrainState
 from m2jax.train.task import Batch, Metrics, Task, TwoPartTask
@@ -133,7 +133,8 @@ def update(
     norm = optax.tree.norm(grads)
     accepted = accept(experiment.train.guard, state, loss, norm)
 
-    updates, opt_state = optimizer.transform.update(grads, state.opt_state, state.params)
+    before = at_step(state.opt_state, state.step)
+    updates, opt_state = optimizer.transform.update(grads, before, state.params)
     moved = cast(params_lib.Params, optax.apply_updates(state.params, updates))
     params = task.after_update(moved)
     params, opt_state = jax.tree.map(

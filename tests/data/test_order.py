@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from m2jax.config import UserError
+from m2jax.data import order as order_lib
 from m2jax.data.order import PERIOD, Order
 
 
@@ -50,3 +54,32 @@ def test_a_place_is_the_same_whatever_is_asked_with_it():
 def test_weights_that_cannot_be_are_refused(weights):
     with pytest.raises(UserError, match=r"data\.mixture: weight"):
         Order([5] * len(weights), weights, seed=0)
+
+
+def test_a_large_source_is_whole_and_in_a_new_order_without_a_permutation(monkeypatch):
+    monkeypatch.setattr(order_lib, "LARGE", 60)
+    order = Order([60, 59], [1.0, 1.0], seed=3)
+    monkeypatch.setattr(order_lib.Order, "_permutation", lambda *args: np.arange(59))
+    found = order.at(np.arange(240))
+    epochs = found.row[found.part == 0].reshape(2, 60)
+    np.testing.assert_array_equal(np.sort(epochs, axis=1), [range(60)] * 2)
+    assert (epochs[0] != epochs[1]).mean() > 0.8
+    assert (epochs[0] != np.arange(60)).mean() > 0.8
+    billions = Order([6_000_000_000], [1.0], seed=3).at(np.arange(1000)).row
+    assert len(set(billions)) == 1000
+    assert billions.max() > 5e9
+
+
+def test_threads_share_one_permutation(monkeypatch):
+    order, made = Order([1000], [1.0], seed=3), []
+    default_rng = np.random.default_rng
+
+    def slow(seed):
+        made.append(seed)
+        time.sleep(0.05)
+        return default_rng(seed)
+
+    monkeypatch.setattr(order_lib.np.random, "default_rng", slow)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(order.at, [np.arange(8)] * 8))
+    assert made == [(3, 0, 0)]

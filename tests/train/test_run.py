@@ -5,6 +5,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from m2jax import config
@@ -14,10 +15,18 @@ from m2jax.config import UserError
 from m2jax.data.loader import make_loader
 from m2jax.dist.mesh import make_mesh
 from m2jax.obs.metrics import read_rows
+from m2jax.train import loop as loop_lib
 from m2jax.train import main
+from m2jax.train import state as state_lib
+from m2jax.train import step as step_lib
 from m2jax.train.image_text import ImageTextTask
+from m2jax.train.loop import Loop
 from m2jax.train.step import accept, make_step
 from tests.train import toy
+
+
+def is_schedule(leaf):
+    return isinstance(leaf, optax.ScaleByScheduleState)
 
 
 def losses(workdir):
@@ -194,6 +203,10 @@ def test_a_skipped_step_keeps_every_parameter_and_moment_and_the_next_one_goes_o
     assert int(metrics["skipped"]) == 0
     moved = jax.tree.map(lambda a, b: bool((np.asarray(a) != b).any()), state.params, after.params)
     assert any(jax.tree.leaves(moved))
+    # The schedule stands where the run does, not at the number of updates.
+    leaves = jax.tree.leaves(state.opt_state, is_leaf=is_schedule)
+    counts = {int(leaf.count) for leaf in leaves if is_schedule(leaf)}
+    assert counts == {3}
 
 
 @pytest.mark.slow
@@ -249,3 +262,38 @@ def test_scales_stop_at_their_ceiling(monkeypatch):
     params = task.after_update({"logit_scale": jnp.float32(9), "logit_vl_scale": jnp.float32(1)})
     np.testing.assert_allclose(params["logit_scale"], np.log(100), rtol=1e-6)
     assert params["logit_vl_scale"] == 1
+
+
+def test_the_host_stays_within_two_steps_of_the_devices(tmp_path, monkeypatch):
+    cfg = toy.experiment(monkeypatch, steps=8, log_every=8)
+    waited, dispatched = [], []
+    block = jax.block_until_ready
+
+    def watched(tree):
+        if isinstance(tree, dict) and "skipped" in tree:
+            waited.append(len(dispatched))
+        return block(tree)
+
+    one = Loop.one
+
+    def counted(self, step, state):
+        found = one(self, step, state)
+        dispatched.append(step)
+        return found
+
+    monkeypatch.setattr(loop_lib.jax, "block_until_ready", watched)
+    monkeypatch.setattr(Loop, "one", counted)
+    cfg = dataclasses.replace(cfg, checkpoint=config.Checkpoint(every=8))
+    main.run(cfg, tmp_path)
+    assert waited[:6] == [2, 3, 4, 5, 6, 7]  # before each step from the third on
+
+
+def test_the_average_is_kept_in_float32():
+    params = {"a": jnp.ones(3, jnp.bfloat16)}
+    state = state_lib.fresh(params, (), 0, ema=True)
+    assert state.ema["a"].dtype == jnp.float32
+    for _ in range(3):
+        mean = step_lib._average(0.999, state, {"a": jnp.full(3, 1.01, jnp.bfloat16)})
+        assert mean["a"].dtype == jnp.float32
+        state = dataclasses.replace(state, ema=mean)
+    assert state_lib.fresh({"a": jnp.ones(3)}, (), 0, ema=True).ema["a"].dtype == jnp.float32
