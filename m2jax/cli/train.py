@@ -53,5 +53,9 @@ def run(args: argparse.Namespace) -> int:
         return main.run(experiment, args.workdir)
     except Exception as error:
         if jax.process_count() > 1:
-            leave_peers(report(error, debug=args.debug))
+            code = 1
+            try:
+                code = report(error, debug=args.debug)
+            finally:  # the log may lie on the disk that is full: it must end all the same
+                leave_peers(code)
         raise

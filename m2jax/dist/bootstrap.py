@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib.util
+import contextlib
 import os
 import re
 import sys
@@ -89,8 +90,9 @@ def leave_peers(code: int) -> NoReturn:
     collective. They notice that it is gone and end as well; process 0, which they notice at once,
     stays for the moment in which they may say what they failed at themselves.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # of a full disk: nothing more can be said
+            stream.flush()
     if jax.process_index() == 0:
         time.sleep(LAST_WORDS_S)
     os._exit(code)
