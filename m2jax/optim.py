@@ -137,7 +137,7 @@ def at_step(opt_state: optax.OptState, step: jax.Array) -> optax.OptState:
 
     def moved(leaf: Any) -> Any:
         schedule = isinstance(leaf, optax.ScaleByScheduleState)
-        return leaf._replace(count=jnp.asarray(step, leaf.count.dtype)) if schedule else leaf
+        return leaf._replace(count=jnp.asarray(step, jnp.int32)) if schedule else leaf
 
     return jax.tree.map(
         moved, opt_state, is_leaf=lambda leaf: isinstance(leaf, optax.ScaleByScheduleState)
