@@ -63,7 +63,9 @@ def test_equal_to_the_definition(pairs):
     for number, (one, other) in enumerate(zip(predictions, truth, strict=True)):
         expected = by_definition(one, other)
         got = found.precision[number], found.recall[number]
-        assert got == pytest.approx(expected, rel=1e-9, abs=1e-12)
+        whole = all(float(x).is_integer() for box in one + other for x in box)
+        # Sums of fractions in float32 depend on their order in the last place.
+        assert got == pytest.approx(expected, rel=1e-12 if whole else 5e-7, abs=1e-12)
 
 
 @settings(deadline=None, max_examples=30)
