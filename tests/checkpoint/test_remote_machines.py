@@ -8,8 +8,10 @@ import uuid
 
 import pytest
 
+from m2jax import config
 from m2jax.checkpoint import remote
 from m2jax.config import UserError
+from m2jax.train import main
 
 ITEMS = ("state", "data", "bundle")
 
@@ -184,11 +186,13 @@ def test_the_newest_checkpoint_goes_first(tmp_path, url, monkeypatch):
 def test_processes_that_fetch_one_address_at_once(url, monkeypatch):
     store = first_machine(url, 100, 200)
     meet, real = threading.Barrier(4), type(store.fs).get_file
+    one = threading.Lock()  # threads share the position in a file of fsspec's memory
 
     def get(self, source, local, *args, **kwargs):
         if source.endswith("state/part"):
             meet.wait(30)  # all are in the middle of it
-        return real(self, source, local, *args, **kwargs)
+        with one:
+            return real(self, source, local, *args, **kwargs)
 
     monkeypatch.setattr(type(store.fs), "get_file", get)
     found = []
@@ -226,3 +230,19 @@ def test_every_marker_has_an_identity(url):
     store = first_machine(url, 100, 200)
     ids = {json.loads(store.marker(step) or b"")["id"] for step in (100, 200)}
     assert len(ids) == 2
+
+
+def test_a_fine_tuned_run_reads_its_origin_from_the_store(url, monkeypatch):
+    """``adopt`` gets the local folder, with ``origin.json`` in it, not the address as a path."""
+    first_machine(url, 200)
+    seen = []
+
+    def adopt(experiment, directory):
+        seen.append((directory, (directory / "origin.json").read_text()))
+        raise UserError("far enough")
+
+    monkeypatch.setattr(main.origin_lib, "adopt", adopt)
+    experiment = config.Experiment(finetune=config.Finetune(init="gone"))
+    with pytest.raises(UserError, match="far enough"):
+        main.run(experiment, url)
+    assert seen == [(remote.staging(url), "origin.json to 200\n")]
