@@ -2,143 +2,34 @@
 """Work directories on object stores (``s3://``, ``gs://``, what fsspec knows): a mirrored copy.
 
 A run lives in a local folder, the staging folder, and a thread copies to the store what is complete
-there. Neither store nor library is trusted to make many objects appear at once: the files of a
-checkpoint go first, then ``complete.json``, which lists them with their sizes. A checkpoint without
-it does not exist. Orbax itself writes to ``gs://`` but not to ``s3://``, and object stores cannot
-append to ``metrics.jsonl``; one way for all is simpler than two.
+there (``store.py``). Orbax itself writes to ``gs://`` but not to ``s3://``, and object stores
+cannot append to ``metrics.jsonl``; one way for all is simpler than two.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import posixpath
 import re
+import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+from m2jax.checkpoint.store import CHECKPOINTS, IncompleteError, Store, files
 from m2jax.config import UserError
 
-MARKER = "complete.json"
-CHECKPOINTS = "checkpoints"
-EXTRAS = {"s3": "m2jax[s3]", "gs": "m2jax[gcs]", "gcs": "m2jax[gcs]"}
+COPIED = ".copied"  # markers of the checkpoints that the store had or has, as STEP; stays here
+LOGS = ("config.json", "metrics.jsonl", "goodput.jsonl", "origin.json", f"{CHECKPOINTS}/best")
+LEFT_AFTER_S = 86400.0  # a copy this old has no process any more that would end it
 
 
 def is_remote(path: object) -> bool:
     """Whether a path is an address on a store."""
     return "://" in str(path)
-
-
-class Store:
-    """A folder on an object store.
-
-    Args:
-        url: such as ``s3://bucket/runs/a``.
-
-    Raises:
-        UserError: no such protocol, or its package is not installed.
-    """
-
-    def __init__(self, url: str) -> None:
-        import fsspec
-
-        self.url = url.rstrip("/")
-        protocol = url.partition("://")[0]
-        try:
-            # Listings are never cached: another process may write here.
-            self.fs, self._root = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
-        except ImportError as error:
-            extra = EXTRAS.get(protocol, f"the fsspec package for {protocol}://")
-            raise UserError(f"{url}: {error}: install {extra}") from error
-        except ValueError as error:
-            raise UserError(f"{url}: {error}: use a path, s3://... or gs://...") from error
-
-    def path(self, *parts: str) -> str:
-        """The address of something below the folder, as the file system wants it."""
-        return posixpath.join(self._root, *parts)
-
-    def put(self, local: Path, *parts: str) -> None:
-        """Copies one file there; it appears whole or not at all."""
-        self.fs.put_file(str(local), self.path(*parts))
-
-    def read(self, *parts: str) -> bytes | None:
-        """The contents of one file; ``None`` if there is none."""
-        try:
-            return self.fs.cat_file(self.path(*parts))
-        except FileNotFoundError:
-            return None
-
-    def steps(self) -> list[int]:
-        """Steps whose checkpoint is complete, in order."""
-        return [step for step in self.folders() if self.read(CHECKPOINTS, str(step), MARKER)]
-
-    def folders(self) -> list[int]:
-        """Steps of which there is anything, in order."""
-        try:
-            names = self.fs.ls(self.path(CHECKPOINTS), detail=False)
-        except FileNotFoundError:
-            return []
-        found = (posixpath.basename(name.rstrip("/")) for name in names)
-        return sorted(int(name) for name in found if name.isdigit())
-
-    def remove(self, step: int) -> None:
-        """Removes a checkpoint, its marker first: what is half gone is no checkpoint."""
-        marker = self.path(CHECKPOINTS, str(step), MARKER)
-        if self.fs.exists(marker):
-            self.fs.rm_file(marker)
-        self.fs.rm(self.path(CHECKPOINTS, str(step)), recursive=True)
-
-    def push(self, checkpoint: Path) -> None:
-        """Copies one complete local checkpoint there, its marker last."""
-        sizes = {}
-        for file in files(checkpoint):
-            name = file.relative_to(checkpoint).as_posix()
-            sizes[name] = file.stat().st_size
-            self.put(file, CHECKPOINTS, checkpoint.name, name)
-        marker = json.dumps({"files": sizes}).encode()
-        self.fs.pipe_file(self.path(CHECKPOINTS, checkpoint.name, MARKER), marker)
-
-    def pull(self, step: int, checkpoints: Path) -> Path:
-        """Copies one complete checkpoint here; it appears in ``checkpoints`` whole or not at all.
-
-        Raises:
-            UserError: a file is missing there, or is not as long as its marker says.
-        """
-        marker = self.read(CHECKPOINTS, str(step), MARKER)
-        temporary, final = checkpoints / f"{step}.pulled-tmp", checkpoints / str(step)
-        for name, size in json.loads(marker or b'{"files": {}}')["files"].items():
-            parts = name.split("/")
-            if posixpath.isabs(name) or not {"", ".", ".."}.isdisjoint(parts):
-                raise UserError(
-                    f"{self.url}: {MARKER} of step {step} names {name!r}, which lies outside of "
-                    "the checkpoint: remove the checkpoint"
-                )
-            local = temporary.joinpath(*parts)
-            local.parent.mkdir(parents=True, exist_ok=True)
-            source = self.path(CHECKPOINTS, str(step), name)
-            try:
-                self.fs.get_file(source, str(local))
-            except FileNotFoundError:
-                raise UserError(
-                    f"{source}: missing: remove the checkpoint to use another"
-                ) from None
-            if local.stat().st_size != size:
-                raise UserError(
-                    f"{source}: {local.stat().st_size} bytes, not {size}: remove the checkpoint to "
-                    "use another"
-                )
-        temporary.replace(final)
-        return final
-
-
-def files(folder: Path) -> Iterator[Path]:
-    """Every file below a folder, in an order that does not change."""
-    return (path for path in sorted(folder.rglob("*")) if path.is_file())
 
 
 class Mirror:
@@ -156,6 +47,8 @@ class Mirror:
     def __init__(self, store: Store, directory: Path, *, every_s: float = 10.0) -> None:
         self._store, self._directory, self._every_s = store, directory, every_s
         self._seen: dict[Path, tuple[int, float]] = {}
+        self._had: set[int] = set()  # steps that were here at some time
+        self._warned: set[int] = set()
         self._left = threading.Event()
         self._thread = threading.Thread(target=self._passes, name="m2jax-mirror", daemon=True)
 
@@ -177,36 +70,52 @@ class Mirror:
                 print(f"warning: {error}", file=sys.stderr, flush=True)
 
     def sync(self) -> None:
-        """One pass: complete checkpoints, then changed files, then what is no longer kept.
+        """One pass: changed files, then complete checkpoints, then what is no longer kept here.
+
+        In that order the rows of a run are never behind a checkpoint that it may go on from.
 
         Raises:
             UserError: the store did not take something.
         """
         try:
-            self._checkpoints()
+            here = _steps(self._directory)
             self._files()
+            self._checkpoints(here)
         except Exception as error:  # each store has errors of its own
             raise UserError(
                 f"{self._store.url}: could not be written ({error}): check the address and your "
                 f"rights; everything is still in {self._directory}"
             ) from error
 
-    def _checkpoints(self) -> None:
-        folder = self._directory / CHECKPOINTS
-        here = sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit())
-        there = set(self._store.steps())
-        for step in here:
-            if step not in there:
-                self._store.push(folder / str(step))
-        for step in self._store.folders():
-            if step not in here:
-                self._store.remove(step)
+    def _checkpoints(self, here: list[int]) -> None:
+        self._had.update(here)
+        for step in reversed(here):  # the newest first: it is what a run goes on from
+            noted = _noted(self._directory, step)
+            if noted is None or noted != self._store.marker(step):
+                self._push(step)
+        # Others are not this machine's to remove: it may have begun with the newest alone.
+        gone = self._had.difference(here)
+        for step in gone.intersection(self._store.folders()):
+            self._store.remove(step)
+        self._had -= gone
+
+    def _push(self, step: int) -> None:
+        folder = self._directory / CHECKPOINTS / str(step)
+        try:
+            marker = self._store.push(folder)
+        except IncompleteError as error:
+            if folder.exists() and step not in self._warned:
+                print(f"warning: {error}", file=sys.stderr, flush=True)
+                self._warned.add(step)
+            return
+        _note(self._directory, step, marker)
 
     def _files(self) -> None:
         for file in files(self._directory):
             name = file.relative_to(self._directory)
-            inside = name.parts[0] == CHECKPOINTS and len(name.parts) > 2  # of a checkpoint
-            if inside or file.suffix == ".tmp":
+            top, *below = name.parts
+            inside = top == CHECKPOINTS and len(below) > 1  # of a checkpoint
+            if inside or top == COPIED or file.suffix == ".tmp":
                 continue
             status = file.stat()
             stamp = status.st_size, status.st_mtime
@@ -226,47 +135,167 @@ def mirrored(url: str) -> Iterator[Path]:
     """The local folder of a remote work directory, as the store has it now; mirrored in the block.
 
     What an earlier run staged here and could not copy any more is kept and copied now, unless the
-    store holds nothing of the run: then somebody removed it there, and it begins anew. What was
-    staged is set aside, never removed: it may be all there is.
+    run went on elsewhere, or was removed or replaced there. What was staged is set aside then,
+    never removed: it may be all there is. Checkpoints there that this machine never had stay.
 
     Raises:
         UserError: the store cannot be read or written.
     """
     store, directory = Store(url), staging(url)
-    if directory.exists() and store.read("config.json") is None:
-        aside = directory.with_name(f"{directory.name}.aside-{time.time_ns()}")
+    reason = _outdated(store, directory)
+    if reason and any(files(directory)):
+        aside = _aside(directory)
         directory.rename(aside)
-        print(
-            f"warning: {url} holds no run any more: what was staged is in {aside}", file=sys.stderr
-        )
+        print(f"warning: {url} {reason}: what was staged is in {aside}", file=sys.stderr)
     (directory / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-    for name in ("config.json", "metrics.jsonl"):
-        contents = store.read(name)
-        if contents is not None and not (directory / name).exists():
-            (directory / name).write_bytes(contents)
-    download(store, directory)
+    _take_logs(store, directory)
+    steps = store.steps()
+    if max(steps, default=-1) > max(_steps(directory), default=-1):
+        download(store, directory, steps)
+    _take_best(store, directory, steps)
     with Mirror(store, directory):
         yield directory
 
 
 def fetched(url: str) -> Path:
-    """A local copy of a remote work directory with its newest complete checkpoint, to load from.
+    """A local copy of the newest complete checkpoint of a remote work directory, to load from.
 
     Raises:
         UserError: the store cannot be read, or holds no complete checkpoint there.
     """
     store, directory = Store(url), staging(url)
-    if not store.steps():
+    steps = store.steps()
+    if not steps:
         raise UserError(f"{url}: holds no complete checkpoint: train into it or name another")
-    download(store, directory)
-    return directory
+    return directory / CHECKPOINTS / str(download(store, directory, steps))
 
 
-def download(store: Store, directory: Path) -> None:
-    """Brings the newest complete checkpoint of a store here, unless it or a newer one is."""
+def download(store: Store, directory: Path, steps: Collection[int]) -> int:
+    """Brings the newest complete checkpoint of a store here, unless it is.
+
+    One that turns out to be damaged there costs the steps since the one before it.
+
+    Args:
+        store: where from.
+        directory: the local work directory.
+        steps: those that are complete there.
+
+    Returns:
+        Its step.
+
+    Raises:
+        UserError: all are; the line is that of the newest.
+    """
+    _clear(directory / CHECKPOINTS)
+    damaged: dict[int, UserError] = {}
+    for step in sorted(steps, reverse=True):
+        try:
+            _bring(store, directory, step)
+        except UserError as error:
+            damaged[step] = error
+            continue
+        for error in damaged.values():
+            print(f"warning: {error}; step {step} is used", file=sys.stderr, flush=True)
+        return step
+    raise damaged[max(damaged)]
+
+
+def _bring(store: Store, directory: Path, step: int) -> None:
+    """One checkpoint, unless the copy here is of what is there now."""
     folder = directory / CHECKPOINTS
-    here = [int(p.name) for p in folder.glob("*") if p.name.isdigit()]
-    newest = max(store.steps(), default=-1)
-    if newest > max(here, default=-1):
-        folder.mkdir(parents=True, exist_ok=True)
-        store.pull(newest, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    marker, noted, local = store.marker(step), _noted(directory, step), folder / str(step)
+    if local.exists():
+        if noted in (None, marker):  # None: a run made it here
+            return
+        old = local.rename(folder / f"{step}.pulled-old-{time.time_ns()}")
+        shutil.rmtree(old)
+    # Noted first: what is here without a note was made here. Nobody takes a note for a copy.
+    _note(directory, step, marker or b"")
+    try:
+        store.pull(step, folder)
+    except BaseException:
+        (directory / COPIED / str(step)).unlink(missing_ok=True)
+        raise
+
+
+def _outdated(store: Store, directory: Path) -> str:
+    """Why what is staged is not what the run goes on from; "" where it is."""
+    if not directory.exists():
+        return ""
+    if store.read("config.json") is None:
+        return "holds no run any more"
+    here = max(_steps(directory), default=-1)
+    if max(store.steps(), default=-1) > here:
+        return "went on elsewhere"
+    if _noted(directory, here) not in (None, store.marker(here)):
+        return f"holds another step {here}, or none any more"
+    return ""
+
+
+def _take_logs(store: Store, directory: Path) -> None:
+    """Files of the run as the store has them, unless those here go further."""
+    ahead = max(_steps(directory), default=-1) > max(store.steps(), default=-1)
+    aside = _aside(directory)
+    for name in LOGS:
+        contents, local = store.read(*name.split("/")), directory / name
+        if contents is None:
+            continue
+        if local.exists():
+            if ahead or local.read_bytes().startswith(contents):
+                continue
+            aside.mkdir(exist_ok=True)
+            local.replace(aside / local.name)
+            print(f"warning: {local}: {store.url} has another: it is in {aside}", file=sys.stderr)
+        _write(local, contents)
+
+
+def _take_best(store: Store, directory: Path, steps: Collection[int]) -> None:
+    """The best checkpoint too: what comes is compared with it, and it stays while it is."""
+    tag = directory / CHECKPOINTS / "best"
+    text = tag.read_text(errors="replace").strip() if tag.exists() else ""
+    if not (text.isascii() and text.isdigit()) or int(text) not in steps:
+        return
+    try:
+        _bring(store, directory, int(text))
+    except UserError as error:
+        print(f"warning: {error}; the run goes on without its best", file=sys.stderr, flush=True)
+
+
+def _steps(directory: Path) -> list[int]:
+    """Steps of the checkpoints of a local work directory, in order."""
+    names = (path.name for path in (directory / CHECKPOINTS).glob("*"))
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def _aside(directory: Path) -> Path:
+    """Where to set aside what a staging folder holds; another one each time."""
+    return directory.with_name(f"{directory.name}.aside-{time.time_ns()}")
+
+
+def _note(directory: Path, step: int, marker: bytes) -> None:
+    """Keeps the marker of a checkpoint that is here and there."""
+    (directory / COPIED).mkdir(parents=True, exist_ok=True)
+    _write(directory / COPIED / str(step), marker)
+
+
+def _noted(directory: Path, step: int) -> bytes | None:
+    """That marker; ``None`` where a run made the checkpoint here and it was not copied yet."""
+    try:
+        return (directory / COPIED / str(step)).read_bytes()
+    except FileNotFoundError:
+        return None
+
+
+def _write(file: Path, contents: bytes) -> None:
+    temporary = file.with_name(f"{file.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    temporary.write_bytes(contents)
+    temporary.replace(file)
+
+
+def _clear(checkpoints: Path) -> None:
+    """Removes what killed processes left half-copied, a day later."""
+    for left in checkpoints.glob("*.pulled-*"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - left.stat().st_mtime > LEFT_AFTER_S:
+                shutil.rmtree(left, ignore_errors=True)

@@ -55,9 +55,10 @@ def run(experiment: Experiment, workdir: str | os.PathLike[str]) -> int:
     Raises:
         UserError: anything in the config, the data or the directory that cannot work.
     """
-    origin = origin_lib.adopt(experiment, Path(workdir)) if experiment.finetune.init else None
-    experiment = origin.experiment if origin else experiment
-    with workdir_lib.opened(workdir, experiment) as directory:
+    with workdir_lib.opened(workdir) as directory:
+        origin = origin_lib.adopt(experiment, directory) if experiment.finetune.init else None
+        experiment = origin.experiment if origin else experiment
+        workdir_lib.prepare(directory, experiment)
         return _run(experiment, directory, origin)
 
 

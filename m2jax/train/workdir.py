@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from m2jax import architectures
 from m2jax import config as config_lib
@@ -21,21 +24,47 @@ VISIBLE_AFTER_S = 60.0  # network file systems show another host's file this muc
 
 
 @contextlib.contextmanager
-def opened(workdir: str | os.PathLike[str], experiment: Experiment) -> Iterator[Path]:
-    """The local folder to run in, with ``config.json``; a remote one is mirrored in the block.
+def opened(workdir: str | os.PathLike[str]) -> Iterator[Path]:
+    """The local folder to run in; a remote one is mirrored in the block.
+
+    It holds what the run left there, in every process; ``prepare`` makes it this run's.
 
     Raises:
-        UserError: it cannot be made, belongs to another architecture, or is not the same folder in
-            every process.
+        UserError: the store cannot be read or written; or the staging folder of a remote one is not
+            the same in every process.
     """
     if not remote.is_remote(workdir):
-        yield prepare(Path(workdir), experiment)
+        yield Path(workdir)
         return
+    directory = remote.staging(str(workdir))
     if jax.process_index() == 0:
-        with remote.mirrored(str(workdir)) as directory:
-            yield prepare(directory, experiment)
+        with remote.mirrored(str(workdir)):
+            _same_staging(directory, str(workdir))
+            yield directory
     else:
-        yield prepare(remote.staging(str(workdir)), experiment)
+        _same_staging(directory, str(workdir))
+        yield directory
+
+
+def _same_staging(directory: Path, url: str) -> None:
+    """Refuses a staging folder that is another one in another process.
+
+    Processes write their part of a checkpoint into one folder, and the first joins the parts. What
+    an earlier run left may be anywhere, so a fresh number is looked for.
+    """
+    token = int(multihost_utils.broadcast_one_to_all(np.int32(random.getrandbits(31))))
+    sign = directory / f"same-{token}.tmp"  # not copied to the store
+    if jax.process_index() == 0:
+        sign.write_text("")
+    everyone(True)
+    fine = everyone(_appears(sign))
+    if jax.process_index() == 0:
+        sign.unlink(missing_ok=True)
+    if not fine:
+        raise UserError(
+            f"--workdir {url}: {directory} is not the same folder in every process: set "
+            "M2JAX_STAGING to a folder on a file system that all hosts share"
+        )
 
 
 def prepare(workdir: Path, experiment: Experiment) -> Path:

@@ -28,13 +28,17 @@ def local_run(folder, steps=(4,), files=3):
             file = folder / "checkpoints" / str(step) / "state" / f"part{number}"
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(b"x" * (number + step))
+        for item in ("data", "bundle"):
+            file = folder / "checkpoints" / str(step) / item / "part"
+            file.parent.mkdir(exist_ok=True)
+            file.write_bytes(b"x")
     (folder / "config.json").write_text("{}")
     return folder
 
 
-@pytest.mark.parametrize("broken", range(4))
+@pytest.mark.parametrize("broken", range(7))
 def test_a_failed_upload_leaves_no_checkpoint(tmp_path, url, monkeypatch, broken):
-    """The upload of the file number ``broken`` fails; the last of them is the marker.
+    """The upload of the file number ``broken`` fails: the first is the config, the last the marker.
 
     The next pass uploads what is missing.
     """
@@ -70,7 +74,8 @@ def test_a_failed_upload_leaves_no_checkpoint(tmp_path, url, monkeypatch, broken
 
 def test_a_removal_that_fails_half_way_leaves_no_checkpoint(tmp_path, url, monkeypatch):
     store, folder = remote.Store(url), local_run(tmp_path / "run", steps=(4, 8))
-    remote.Mirror(store, folder).sync()
+    mirror = remote.Mirror(store, folder)
+    mirror.sync()
     shutil.rmtree(folder / "checkpoints" / "4")
 
     def broken(*args, **kwargs):
@@ -79,9 +84,9 @@ def test_a_removal_that_fails_half_way_leaves_no_checkpoint(tmp_path, url, monke
     with monkeypatch.context() as patch:
         patch.setattr(store.fs, "rm", broken)
         with pytest.raises(UserError, match="the connection broke"):
-            remote.Mirror(store, folder).sync()
+            mirror.sync()
     assert store.steps() == [8]
-    remote.Mirror(store, folder).sync()
+    mirror.sync()
     assert store.folders() == [8]
 
 

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A folder on an object store (fsspec), and when a checkpoint in it is complete.
+
+Neither store nor library is trusted to make many objects appear at once: the files of a checkpoint
+go first, then ``complete.json``, which lists them with their sizes under an identity of its own. A
+checkpoint without it does not exist.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import posixpath
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from m2jax.config import UserError
+
+MARKER = "complete.json"
+CHECKPOINTS = "checkpoints"
+ITEMS = ("state", "data", "bundle")  # a checkpoint without one of them is none
+EXTRAS = {"s3": "m2jax[s3]", "gs": "m2jax[gcs]", "gcs": "m2jax[gcs]"}
+
+
+class IncompleteError(UserError):
+    """A local checkpoint that is no complete one, or ceased to be while it was copied."""
+
+
+class Store:
+    """A folder on an object store.
+
+    Args:
+        url: such as ``s3://bucket/runs/a``.
+
+    Raises:
+        UserError: no such protocol, or its package is not installed.
+    """
+
+    def __init__(self, url: str) -> None:
+        import fsspec
+
+        self.url = url.rstrip("/")
+        protocol = url.partition("://")[0]
+        try:
+            # Listings are never cached: another process may write here.
+            self.fs, self._root = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
+        except ImportError as error:
+            extra = EXTRAS.get(protocol, f"the fsspec package for {protocol}://")
+            raise UserError(f"{url}: {error}: install {extra}") from error
+        except ValueError as error:
+            raise UserError(f"{url}: {error}: use a path, s3://... or gs://...") from error
+
+    def path(self, *parts: str) -> str:
+        """The address of something below the folder, as the file system wants it."""
+        return posixpath.join(self._root, *parts)
+
+    def put(self, local: Path, *parts: str) -> None:
+        """Copies one file there; it appears whole or not at all."""
+        self.fs.put_file(str(local), self.path(*parts))
+
+    def read(self, *parts: str) -> bytes | None:
+        """The contents of one file; ``None`` if there is none."""
+        try:
+            return self.fs.cat_file(self.path(*parts))
+        except FileNotFoundError:
+            return None
+
+    def marker(self, step: int) -> bytes | None:
+        """What makes a checkpoint complete, different for each that was ever copied there."""
+        return self.read(CHECKPOINTS, str(step), MARKER)
+
+    def steps(self) -> list[int]:
+        """Steps whose checkpoint is complete, in order."""
+        return [step for step in self.folders() if self.marker(step)]
+
+    def folders(self) -> list[int]:
+        """Steps of which there is anything, in order."""
+        try:
+            names = self.fs.ls(self.path(CHECKPOINTS), detail=False)
+        except FileNotFoundError:
+            return []
+        found = (posixpath.basename(name.rstrip("/")) for name in names)
+        return sorted(int(name) for name in found if name.isdigit())
+
+    def remove(self, step: int) -> None:
+        """Removes a checkpoint, its marker first: what is half gone is no checkpoint."""
+        self._unmark(step)
+        self.fs.rm(self.path(CHECKPOINTS, str(step)), recursive=True)
+
+    def push(self, checkpoint: Path) -> bytes:
+        """Copies one complete local checkpoint there, its marker last, and returns the marker.
+
+        Raises:
+            IncompleteError: it lacks an item, or changed meanwhile (a run removes those that it no
+                longer keeps); there is no marker then.
+        """
+        sizes = _sizes(checkpoint)
+        for item in ITEMS:
+            if not any(name.startswith(f"{item}/") for name in sizes):
+                raise IncompleteError(f"{checkpoint}: lacks {item}: not copied to {self.url}")
+        self._unmark(int(checkpoint.name))
+        for name in sizes:
+            try:
+                self.put(checkpoint / name, CHECKPOINTS, checkpoint.name, name)
+            except FileNotFoundError:
+                if (checkpoint / name).exists():  # it is the bucket that is not there
+                    raise
+                break
+        if _sizes(checkpoint) != sizes:
+            raise IncompleteError(f"{checkpoint}: changed while it was copied to {self.url}")
+        marker = json.dumps({"id": uuid.uuid4().hex, "files": sizes}).encode()
+        self.fs.pipe_file(self.path(CHECKPOINTS, checkpoint.name, MARKER), marker)
+        return marker
+
+    def pull(self, step: int, checkpoints: Path) -> Path:
+        """Copies one complete checkpoint here; it appears in ``checkpoints`` whole or not at all.
+
+        Where another process was faster, its copy stays.
+
+        Raises:
+            UserError: a file is missing there, or is not as long as its marker says.
+        """
+        final = checkpoints / str(step)
+        temporary = Path(tempfile.mkdtemp(dir=checkpoints, prefix=f"{step}.pulled-"))
+        try:
+            inner = temporary / final.name  # with the rights of any folder, unlike the outer one
+            inner.mkdir()
+            self._get(step, inner)
+            try:
+                inner.replace(final)
+            except OSError:
+                if not final.is_dir():
+                    raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        return final
+
+    def _get(self, step: int, folder: Path) -> None:
+        """The files of a checkpoint, each as long as the marker says."""
+        for name, size in self._listed(step).items():
+            parts = name.split("/")
+            if posixpath.isabs(name) or not {"", ".", ".."}.isdisjoint(parts):
+                raise UserError(
+                    f"{self.url}: {MARKER} of step {step} names {name!r}, which lies outside of "
+                    "the checkpoint: remove the checkpoint"
+                )
+            local = folder.joinpath(*parts)
+            local.parent.mkdir(parents=True, exist_ok=True)
+            source = self.path(CHECKPOINTS, str(step), name)
+            try:
+                self.fs.get_file(source, str(local))
+            except FileNotFoundError:
+                raise UserError(
+                    f"{source}: missing: remove the checkpoint to use another"
+                ) from None
+            if local.stat().st_size != size:
+                raise UserError(
+                    f"{source}: {local.stat().st_size} bytes, not {size}: remove the checkpoint to "
+                    "use another"
+                )
+
+    def _listed(self, step: int) -> dict[str, int]:
+        """Names and sizes that the marker of a checkpoint lists."""
+        try:
+            listed = json.loads(self.marker(step) or b"")["files"]
+            if listed and all(isinstance(size, int) for size in listed.values()):
+                return listed
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            pass
+        where = self.path(CHECKPOINTS, str(step), MARKER)
+        raise UserError(f"{where}: lists no files: remove the checkpoint to use another")
+
+    def _unmark(self, step: int) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            if self.marker(step) is not None:
+                self.fs.rm_file(self.path(CHECKPOINTS, str(step), MARKER))
+
+
+def files(folder: Path) -> Iterator[Path]:
+    """Every file below a folder, in an order that does not change."""
+    return (path for path in sorted(folder.rglob("*")) if path.is_file())
+
+
+def _sizes(checkpoint: Path) -> dict[str, int]:
+    """Names and bytes of the files of a checkpoint; empty when it goes meanwhile."""
+    try:
+        return {f.relative_to(checkpoint).as_posix(): f.stat().st_size for f in files(checkpoint)}
+    except FileNotFoundError:
+        return {}
