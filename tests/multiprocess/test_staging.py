@@ -10,7 +10,7 @@ import pytest
 
 from tests.multiprocess.harness import LAUNCHERS, ROOT
 
-pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
+pytestmark = [pytest.mark.multiprocess, pytest.mark.soak]
 PROGRAM = """
 import sys
 import jax
