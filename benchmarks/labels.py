@@ -10,19 +10,19 @@ zero-shot together); taidpt. mAP in per cent over styles the model never saw, of
 held-out ones, which no sentence names; only zero-shot, residual and taidpt have the latter.
 Validation (--split validation) is on a training style instead: choose there, report on the test.
 
-A finished row leaves a file named by commit and config, and is not made again.
+A finished row leaves a file named by the code of m2jax/ and the config, and is not made again.
 """
 
 import argparse
 import hashlib
 import json
 import statistics
-import subprocess
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
+from code_tree import tree
 
 from m2jax import bundle
 from m2jax.data import emoji
@@ -30,7 +30,6 @@ from m2jax.eval import multilabel
 from m2jax.tasks.labels import corpus, features, predict, prompt_tuning, scenes, train, zero_shot
 from m2jax.tasks.labels.adapter import Settings
 
-ROOT = Path(__file__).resolve().parent.parent
 SIGMAS = (0.02, 0.04, 0.08, 0.126, 0.25)
 BASE = Settings()
 ROWS = {
@@ -51,22 +50,11 @@ SPLITS = {"test": ("fluent", "openmoji"), "validation": ("validation",)}
 PER_LABEL = 40  # sentences
 
 
-def commit():
-    """The tree's commit; a changed tree is told apart by the hash of its changes."""
-    git = ["git", "-C", str(ROOT)]
-    head = subprocess.run(
-        [*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, check=True
-    )
-    changes = subprocess.run([*git, "diff", "HEAD", "--", "m2jax"], capture_output=True, check=True)
-    mark = f"+{hashlib.sha256(changes.stdout).hexdigest()[:6]}" if changes.stdout else ""
-    return head.stdout.decode().strip() + mark
-
-
 class Bench:
     """Model, scenes and sentences; each is made once, when a row needs it."""
 
     def __init__(self, args):
-        self.args, self.commit = args, commit()
+        self.args, self.tree = args, tree()
         self.model = bundle.load(args.model)
         self.data = emoji.load()
         self.chosen = scenes.choose(self.data, args.seen, args.held, concepts=args.concepts)
@@ -84,7 +72,7 @@ class Bench:
             **{k: getattr(self.args, k) for k in ("seen", "held", "scenes", "split", "concepts")},
         }
         code = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:10]
-        return self.args.out / f"{row.replace(' ', '-')}-{seed}-{self.commit}-{code}.json"
+        return self.args.out / f"{row.replace(' ', '-')}-{seed}-{self.tree}-{code}.json"
 
     def once(self, key, make):
         """A value that several rows share."""

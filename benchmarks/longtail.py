@@ -9,17 +9,18 @@ nor the classifier saw. Each row adds a part to the one before it, or puts anoth
 ("or"). Macro-F1 over observations in per cent: of the classes there are, and of those with 100
 images of training and more (head), fewer than 20 (tail), and between.
 
-A finished row leaves a file named by commit and config, and is not made again.
+A finished row leaves a file named by the code of m2jax/ and the config, and is not made again.
 """
 
 import argparse
 import hashlib
 import json
 import statistics
-import subprocess
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+
+from code_tree import tree
 
 from m2jax import bundle
 from m2jax.data import emoji
@@ -29,7 +30,6 @@ from m2jax.tasks.longtail.model import Settings
 from m2jax.tasks.longtail.recipe import Steps
 from m2jax.tasks.longtail.views import Views
 
-ROOT = Path(__file__).resolve().parent.parent
 ONE = Steps(Views(), 0.0, False, "best")
 PLAIN = Settings(side="none", loss="plain")
 SIDE = replace(PLAIN, side="dynamic")
@@ -58,22 +58,11 @@ ROWS = {
 COLUMNS = ("macro_f1", "macro_f1_head", "macro_f1_medium", "macro_f1_tail", "accuracy", "train_s")
 
 
-def commit():
-    """The tree's commit; a changed tree is told apart by the hash of its changes."""
-    git = ["git", "-C", str(ROOT)]
-    head = subprocess.run(
-        [*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, check=True
-    )
-    changes = subprocess.run([*git, "diff", "HEAD", "--", "m2jax"], capture_output=True, check=True)
-    mark = f"+{hashlib.sha256(changes.stdout).hexdigest()[:6]}" if changes.stdout else ""
-    return head.stdout.decode().strip() + mark
-
-
 class Bench:
     """Backbone and drawings; features are made once, when a row needs them."""
 
     def __init__(self, args):
-        self.args, self.commit = args, commit()
+        self.args, self.tree = args, tree()
         self.model = bundle.load(args.model)
         data = emoji.load()
         self.train = drawings.part(data, "train")
@@ -125,7 +114,7 @@ class Bench:
         made = [row, seed, asdict(settings), asdict(steps), together]
         made.append(features.fingerprint(self.model))
         code = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:10]
-        file = self.args.out / f"{self.commit}-{code}-{seed}.json"
+        file = self.args.out / f"{self.tree}-{code}-{seed}.json"
         if file.exists():
             return json.loads(file.read_text())
         if self.args.dry_run:

@@ -24,6 +24,8 @@ import sys
 import time
 from pathlib import Path
 
+from code_tree import tree
+
 from m2jax import config
 from m2jax.config_files import load_config
 from m2jax.obs.metrics import read_rows
@@ -79,17 +81,6 @@ def experiment(row, seed, steps):
         checkpoint=dataclasses.replace(base.checkpoint, every=100),
         eval=dataclasses.replace(base.eval, suite="" if row == "tokenizer" else SUITE),
     )
-
-
-def tree():
-    """Names the program's code: git's hash of it, and of what is changed and not committed."""
-    git = ["git", "-C", str(ROOT)]
-    made = subprocess.run(
-        [*git, "rev-parse", "--short=10", "HEAD:m2jax"], capture_output=True, check=True
-    )
-    changes = subprocess.run([*git, "diff", "HEAD", "--", "m2jax"], capture_output=True, check=True)
-    mark = f"+{hashlib.sha256(changes.stdout).hexdigest()[:6]}" if changes.stdout else ""
-    return made.stdout.decode().strip() + mark
 
 
 class Runs:

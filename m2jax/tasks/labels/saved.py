@@ -3,28 +3,21 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 
-from m2jax.checkpoint.folder import check_absent
 from m2jax.config import UserError
+from m2jax.tasks import part_folder
 from m2jax.tasks.labels import vocabulary as vocabulary_lib
 from m2jax.tasks.labels.adapter import Settings
 from m2jax.tasks.labels.vocabulary import Vocabulary
+from m2jax.tasks.part_folder import Layout
 
-FORMAT = 1
-CARD, WEIGHTS = "adapter.json", "adapter.safetensors"
-CARD_BYTES = 2**27
+LAYOUT = Layout("adapter", "labels train")
 NAMES = {"w1": 2, "b1": 1, "w2": 2, "b2": 1}  # and their number of axes
 
 
@@ -48,9 +41,7 @@ def write(directory: Path, saved: Saved) -> None:
     Raises:
         UserError: it exists or cannot be made.
     """
-    check_absent(directory)
     card = {
-        "format": FORMAT,
         "labels": saved.vocabulary.to_list(),
         "languages": list(saved.languages),
         "settings": asdict(saved.settings),
@@ -60,17 +51,7 @@ def write(directory: Path, saved: Saved) -> None:
     tensors = {name: np.ascontiguousarray(saved.params[name], np.float32) for name in NAMES}
     tensors["prompts"] = np.ascontiguousarray(saved.prompts, np.float32)
     tensors["thresholds"] = np.ascontiguousarray(saved.thresholds, np.float32)
-    parent = directory.absolute().parent
-    temporary = Path(tempfile.mkdtemp(dir=parent, prefix=f".{directory.name}."))
-    try:
-        save_file(tensors, temporary / WEIGHTS)
-        text = json.dumps(card, ensure_ascii=False, indent=1) + "\n"
-        (temporary / CARD).write_text(text, encoding="utf-8")
-        temporary.chmod(0o755)
-        os.rename(temporary, directory)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    part_folder.write(directory, LAYOUT, card, tensors)
 
 
 def read(directory: Path) -> Saved:
@@ -79,20 +60,8 @@ def read(directory: Path) -> Saved:
     Raises:
         UserError: no such folder, another format, or numbers that do not fit together.
     """
-    file = directory / CARD
-    try:
-        if file.stat().st_size > CARD_BYTES:
-            raise UserError(f"{file}: over {CARD_BYTES:,} bytes: name a folder of labels train")
-        card = json.loads(file.read_text(encoding="utf-8"))
-        tensors = load_file(directory / WEIGHTS)
-    except OSError as error:
-        raise UserError(
-            f"{directory}: {error.strerror or error}: name a folder made by labels train"
-        ) from error
-    except (ValueError, RecursionError, SafetensorError) as error:
-        raise UserError(f"{directory}: damaged ({error}): copy it again") from error
-    if not isinstance(card, dict) or card.get("format") != FORMAT:
-        raise UserError(f"{file}: another format: use the m2jax that made it")
+    card, tensors = part_folder.read(directory, LAYOUT)
+    file = directory / LAYOUT.card
     try:
         words = vocabulary_lib.checked(card["labels"], str(file))
         settings = Settings(**card["settings"])
@@ -126,4 +95,6 @@ def _check_shapes(
             and all(np.isfinite(each).all() for each in tensors.values())
         )
     if not fits:
-        raise UserError(f"{directory / WEIGHTS}: does not fit its {CARD}: copy the folder again")
+        raise UserError(
+            f"{directory / LAYOUT.weights}: does not fit its {LAYOUT.card}: copy the folder again"
+        )

@@ -3,10 +3,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,19 +10,16 @@ from typing import Any
 
 import jax
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 
-from m2jax.checkpoint.folder import check_absent
 from m2jax.config import UserError
 from m2jax.models.params import flatten
+from m2jax.tasks import part_folder
 from m2jax.tasks.longtail import model as model_lib
 from m2jax.tasks.longtail.model import Params, Settings
 from m2jax.tasks.longtail.table import FIELDS, Codes
+from m2jax.tasks.part_folder import Layout
 
-FORMAT = 1
-CARD, WEIGHTS = "longtail.json", "longtail.safetensors"
-CARD_BYTES = 2**27
+LAYOUT = Layout("longtail", "longtail train")
 
 
 @dataclass(frozen=True)
@@ -48,9 +41,7 @@ def write(directory: Path, saved: Saved) -> None:
     Raises:
         UserError: it exists or cannot be made.
     """
-    check_absent(directory)
     card = {
-        "format": FORMAT,
         "classes": list(saved.codes.classes),
         "values": {name: list(values) for name, values in saved.codes.values.items()},
         "settings": asdict(saved.settings),
@@ -62,18 +53,7 @@ def write(directory: Path, saved: Saved) -> None:
         "counts": np.asarray(saved.counts, np.int64),
         "allowed": np.asarray(saved.allowed, np.uint8),
     }
-    temporary = Path(
-        tempfile.mkdtemp(dir=directory.absolute().parent, prefix=f".{directory.name}.")
-    )
-    try:
-        save_file(tensors, temporary / WEIGHTS)
-        text = json.dumps(card, ensure_ascii=False, indent=1) + "\n"
-        (temporary / CARD).write_text(text, encoding="utf-8")
-        temporary.chmod(0o755)
-        os.rename(temporary, directory)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    part_folder.write(directory, LAYOUT, card, tensors)
 
 
 def read(directory: Path) -> Saved:
@@ -82,20 +62,7 @@ def read(directory: Path) -> Saved:
     Raises:
         UserError: no such folder, another format, or numbers that do not fit together.
     """
-    file = directory / CARD
-    try:
-        if file.stat().st_size > CARD_BYTES:
-            raise UserError(f"{file}: over {CARD_BYTES:,} bytes: name a folder of longtail train")
-        card = json.loads(file.read_text(encoding="utf-8"))
-        tensors = load_file(directory / WEIGHTS)
-    except OSError as error:
-        raise UserError(
-            f"{directory}: {error.strerror or error}: name a folder made by longtail train"
-        ) from error
-    except (ValueError, RecursionError, SafetensorError) as error:
-        raise UserError(f"{directory}: damaged ({error}): copy it again") from error
-    if not isinstance(card, dict) or card.get("format") != FORMAT:
-        raise UserError(f"{file}: another format: use the m2jax that made it")
+    card, tensors = part_folder.read(directory, LAYOUT)
     try:
         values = {name: tuple(map(str, card["values"][name])) for name in FIELDS}
         codes = Codes(tuple(map(str, card["classes"])), values)

@@ -162,7 +162,7 @@ def test_a_folder_gives_back_what_was_written_and_is_whole_or_absent(made, tmp_p
     np.testing.assert_array_equal(found.thresholds, made.thresholds)
     with pytest.raises(UserError, match="exists already"):
         saved.write(tmp_path / "a", made)
-    monkeypatch.setattr(saved.os, "rename", lambda *_: 1 / 0)
+    monkeypatch.setattr(saved.part_folder.os, "rename", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         saved.write(tmp_path / "b", made)
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
@@ -172,7 +172,7 @@ def test_a_damaged_folder_is_one_line(made, tmp_path):
     with pytest.raises(UserError, match="name a folder made by labels train"):
         saved.read(tmp_path / "none")
     saved.write(tmp_path / "a", made)
-    file = tmp_path / "a" / saved.CARD
+    file = tmp_path / "a" / saved.LAYOUT.card
     card = json.loads(file.read_text())
     for change, match in (
         ("{", "damaged"),
@@ -186,7 +186,7 @@ def test_a_damaged_folder_is_one_line(made, tmp_path):
         with pytest.raises(UserError, match=match) as error:
             saved.read(tmp_path / "a")
         assert "\n" not in str(error.value)
-    (tmp_path / "a" / saved.WEIGHTS).write_bytes(b"x" * 20)
+    (tmp_path / "a" / saved.LAYOUT.weights).write_bytes(b"x" * 20)
     with pytest.raises(UserError, match="damaged"):
         saved.read(tmp_path / "a")
 

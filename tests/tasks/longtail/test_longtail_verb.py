@@ -143,14 +143,14 @@ def test_a_damaged_or_foreign_classifier_is_refused(model, trained, tmp_path):
     again = saved.read(tmp_path / "c")
     assert again.codes == found.codes
     jax.tree.map(np.testing.assert_array_equal, again.params, found.params)
-    card = json.loads((tmp_path / "c" / saved.CARD).read_text())
+    card = json.loads((tmp_path / "c" / saved.LAYOUT.card).read_text())
     for change, match in (
         ("{", "damaged"),
         (json.dumps({"format": 0}), "another format"),
         (json.dumps(card | {"classes": ["a"]}), "damaged"),
         (json.dumps(card | {"settings": {**card["settings"], "side": "token"}}), "damaged"),
     ):
-        (tmp_path / "c" / saved.CARD).write_text(change)
+        (tmp_path / "c" / saved.LAYOUT.card).write_text(change)
         with pytest.raises(UserError, match=match):
             saved.read(tmp_path / "c")
     backbone = m2jax.load(model)
