@@ -11,7 +11,7 @@ file, a bad disk) costs the steps since the one before it, not the run.
 from __future__ import annotations
 
 import contextlib
-import gc
+import functools
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -156,7 +156,7 @@ class Checkpoints:
             reason = f"{type(error).__name__}: {first_line(error)}"
         else:
             return Restored(step, state, dict(data)), ""
-        _drop_failed_reads()
+        _silence_late_reads()
         return None, reason
 
     def _put_aside(self, damaged: dict[int, str], step: int) -> None:
@@ -215,16 +215,22 @@ def everyone(fine: bool) -> bool:
     return bool(np.all(multihost_utils.process_allgather(np.asarray(fine))))
 
 
-def _drop_failed_reads() -> None:
-    """Collects the reads of other arrays, which Orbax leaves behind when one fails.
+@functools.cache
+def _silence_late_reads() -> None:
+    """Lets reads end unheard that Orbax leaves behind when the read of another array failed.
 
-    Their event loop is closed by then; Python would print a traceback for each, some time later.
+    They end when their event loop is closed, in threads of their own and at no time one could wait
+    for; Python would print a traceback for each.
     """
-    before, sys.unraisablehook = sys.unraisablehook, lambda _: None
-    try:
-        gc.collect()
-    finally:
-        sys.unraisablehook = before
+    before = sys.unraisablehook
+
+    def hook(unraisable: sys.UnraisableHookArgs) -> None:
+        closed = repr(unraisable.exc_value) == "RuntimeError('Event loop is closed')"
+        code = getattr(unraisable.object, "cr_code", None)  # of a coroutine
+        if not (closed or (code is not None and "orbax" in Path(code.co_filename).parts)):
+            before(unraisable)
+
+    sys.unraisablehook = hook
 
 
 @contextlib.contextmanager
@@ -345,7 +351,7 @@ def read_params(checkpoint: Path, abstract_params: Any) -> Any:
         return handler.restore(where, args=args)[key]
     except Exception as error:  # Orbax raises a bare one where a file of an array is missing
         reason = first_line(error)
-    _drop_failed_reads()
+    _silence_late_reads()
     raise DamagedError(f"{where}: parameters cannot be read ({reason}): use another checkpoint")
 
 

@@ -3,6 +3,8 @@
 
 import dataclasses
 import shutil
+import sys
+import types
 from pathlib import Path
 
 import jax
@@ -140,6 +142,19 @@ def test_another_shape_is_no_damage(tmp_path):
     with pytest.raises(UserError, match="cannot be restored"):
         checkpoints.restore(target(state(0) | {"x": np.zeros(8, np.float32)}))
     assert folders(tmp_path) == ["1"]
+
+
+def test_reads_that_outlive_a_failed_restore_are_not_heard_of(tmp_path, monkeypatch):
+    heard = []
+    monkeypatch.setattr(sys, "unraisablehook", heard.append)
+    manager._silence_late_reads.__wrapped__()
+    late = RuntimeError("Event loop is closed")
+    for error in (late, RuntimeError("something else"), ValueError("Event loop is closed")):
+        sys.unraisablehook(types.SimpleNamespace(exc_value=error, object=None))
+    assert [repr(it.exc_value) for it in heard] == [
+        "RuntimeError('something else')",
+        "ValueError('Event loop is closed')",
+    ]
 
 
 def test_a_half_written_checkpoint_is_cleared_away(tmp_path):
