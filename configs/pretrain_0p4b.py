@@ -36,7 +36,8 @@ def get_config(arg: str = "v5p-128") -> ConfigDict:
     config.model.fused_qkv = False  # three products model faster than one that is cut
     config.mesh.update(mesh)
     config.data.batch_size = rows * int(arg.split("-")[1])
-    config.data.languages = ("en",)  # one caption a picture, in whichever language it has
+    config.data.name = "shards"  # name them: --config.data.files='("/data/shards",)'
+    config.data.languages = ("any",)  # one caption a picture, in whichever language it has
     config.optim.learning_rate = 1e-3
     config.optim.warmup_steps = 2_000
     config.optim.weight_decay = 0.05

@@ -287,7 +287,7 @@ class Checkpoint:
     every: int = 500  # steps between saves; the last step is always saved
     keep: int = 2  # newest checkpoints kept; a damaged one falls back to the one before it
     keep_every: int = 0  # steps; checkpoints at multiples of it are never removed; 0: none
-    best: str = ""  # logged metric whose best checkpoint stays too; "-loss": least is best
+    best: str = ""  # figure whose best checkpoint stays too, of the step or eval.suite; "-loss"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ from jax.experimental import multihost_utils
 
 from m2jax import architectures, config_dual
 from m2jax import config as config_lib
-from m2jax.checkpoint.retention import goodness, retention
+from m2jax.checkpoint.retention import Best, retention
 from m2jax.config import UserError
 from m2jax.config_dual import Architecture, Dual
 
@@ -68,10 +68,12 @@ class Checkpoints:
         self._bundle = (
             bundle_item(model, assets) if isinstance(model, Dual) else _bundle(experiment, assets)
         )
+        best = experiment.checkpoint.best
+        self._best = Best(best, folder(workdir)) if best else None
         options = ocp.CheckpointManagerOptions(
             enable_async_checkpointing=True,
             cleanup_tmp_directories=True,  # what a killed process left half-written
-            **retention(experiment.checkpoint),
+            preservation_policy=retention(experiment.checkpoint, self._best),
         )
         self._manager = ocp.CheckpointManager(folder(workdir), options=options)
 
@@ -89,7 +91,7 @@ class Checkpoints:
             step: how many steps the state has seen.
             state: the arrays; copied before this returns, so they may be donated.
             data: the loader's state.
-            metrics: what ``checkpoint.best`` chooses by; the same in every process.
+            metrics: what ``checkpoint.best`` chooses by, where that is known now; see ``score``.
 
         Raises:
             UserError: this save could not begin, or the one before it could not be written.
@@ -97,14 +99,23 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         if metrics is not None:
-            goodness(self._experiment.checkpoint.best, metrics)  # refuses a name that is none
+            self.score(step, metrics)
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
             data=ocp.args.JsonSave(data),
             bundle=ocp.args.JsonSave(self._bundle),
         )
         with _named_errors(f"{self._manager.directory}/{step}"):
-            self._manager.save(step, args=items, force=True, metrics=metrics)
+            self._manager.save(step, args=items, force=True)
+
+    def score(self, step: int, figures: Mapping[str, float]) -> None:
+        """Notes what is known of a checkpoint, where ``checkpoint.best`` chooses by something.
+
+        Raises:
+            UserError: it names none of the first process's figures.
+        """
+        if self._best is not None:
+            self._best.note(step, figures)
 
     def restore(self, abstract_state: Any, *, until: int | None = None) -> Restored | None:
         """The newest checkpoint that can be read, placed as ``abstract_state`` says.
@@ -191,9 +202,9 @@ class Checkpoints:
 
     def _tag_best(self) -> None:
         """Leaves the step of the best checkpoint in ``checkpoints/best``, where one is chosen."""
-        if not self._experiment.checkpoint.best or jax.process_index() != 0:
+        if self._best is None or jax.process_index() != 0:
             return
-        step = self._manager.best_step()
+        step = self._best.of(self._manager.all_steps())
         if step is not None:
             tag = epath.Path(self._manager.directory) / "best"
             temporary = tag.with_suffix(".tmp")

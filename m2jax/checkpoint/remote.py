@@ -19,11 +19,12 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+from m2jax.checkpoint.retention import SCORES
 from m2jax.checkpoint.store import CHECKPOINTS, IncompleteError, Store, files
 from m2jax.config import UserError
 
 COPIED = ".copied"  # markers of the checkpoints that the store had or has, as STEP; stays here
-LOGS = ("config.json", "metrics.jsonl", "goodput.jsonl", "origin.json", f"{CHECKPOINTS}/best")
+LOGS = ("config.json", "metrics.jsonl", "goodput.jsonl", "origin.json", f"{CHECKPOINTS}/best", f"{CHECKPOINTS}/{SCORES}")
 LEFT_AFTER_S = 86400.0  # a copy this old has no process any more that would end it
 
 

@@ -81,6 +81,8 @@ class Loader:
     ) -> None:
         self.assets = source.assets
         self.parts: tuple[str, ...] = getattr(source, "parts", ())
+        self._by_place: bool = getattr(source, "by_place", False)
+        self._batch_size = batch_size
         self.counts = collections.Counter[str]()  # rows of each part, and "skipped", so far
         self._sharding = batch_sharding(mesh)
         share = batch_size // jax.process_count()
@@ -134,13 +136,36 @@ class Loader:
             self.counts[SKIPPED] += int(notes[SKIPPED].sum())
 
     def get_state(self) -> dict[str, Any]:
-        """Where the loader is; JSON-able, and the same in every process."""
-        return {"next_index": self._next_index}
+        """Where the loader is, JSON-able; ``counts`` are of this process's rows."""
+        return {
+            "next_index": self._next_index,
+            "batch_size": self._batch_size,
+            "counts": dict(self.counts),
+        }
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes to where another loader of the same experiment was."""
+        """Goes to where another loader of the same experiment was.
+
+        Raises:
+            UserError: that one's batches were of another size, and no whole number of ours has its
+                rows, or the set's order depends on the size.
+        """
         self.close()
-        self._next_index = int(state["next_index"])
+        self._next_index = self._converted(state)
+        self.counts = collections.Counter(state.get("counts", {}))
+
+    def _converted(self, state: dict[str, Any]) -> int:
+        """The index of the batch that begins where the saved one did."""
+        index, size = int(state["next_index"]), int(state.get("batch_size", self._batch_size))
+        if size == self._batch_size:
+            return index
+        if self._by_place and index * size % self._batch_size == 0:
+            return index * size // self._batch_size
+        why = f"{index * size} rows were taken" if self._by_place else "the order depends on it"
+        raise UserError(
+            f"data.batch_size={self._batch_size}: this run began with {size}, and {why}: rows "
+            f"would come twice or never: go on with {size}, or begin another run with --init"
+        )
 
     def close(self) -> None:
         """Stops preparing batches."""

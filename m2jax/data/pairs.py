@@ -69,6 +69,8 @@ class PairBatches:
         UserError: no sources, an empty one, or weights that cannot be.
     """
 
+    by_place = True
+
     def __init__(
         self,
         sources: Mapping[str, Pairs],

@@ -17,7 +17,11 @@ SKIPPED = "skipped"  # int [n]: unreadable rows passed over before this one
 
 @runtime_checkable  # the tests check types as they run
 class Source(Protocol):
-    """A data set as random-access batches; one with sources to tell apart has ``parts`` too."""
+    """A data set as random-access batches; one with sources to tell apart has ``parts`` too.
+
+    One whose batches of n rows are every n of one endless order says so with ``by_place``: a run
+    may go on there with another batch size.
+    """
 
     assets: dict[str, Any]  # tokenizer and preprocessing, as checkpoints keep them
 

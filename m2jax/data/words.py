@@ -82,6 +82,7 @@ class WithWords:
         self._source = source
         self.assets: dict[str, Any] = source.assets
         self.parts: tuple[str, ...] = getattr(source, "parts", ())
+        self.by_place: bool = getattr(source, "by_place", False)
         self._kinds = kinds_of(tokenizer_from_dict(source.assets["tokenizer"]))
 
     def batch(self, index: int, rows: slice) -> HostBatch:

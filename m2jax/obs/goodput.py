@@ -10,6 +10,7 @@ ones did past it ``lost``. Time between processes, and before ``run`` begins, is
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections import defaultdict
@@ -17,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from m2jax.obs.metrics import read_rows
+from m2jax.obs.metrics import drop_rows_after, read_rows
 
 KINDS = ("init", "compile", "data", "step", "save", "evaluation")
 REDONE = ("data", "step")  # what is lost with the steps it was spent on
@@ -50,6 +51,8 @@ class Goodput:
     def start(self, step: int) -> None:
         """The run goes on from ``step``."""
         self._begun_at = step
+        if self._writes:
+            drop_rows_after(self._path, math.inf)  # a torn last line would hide all that follow
         self._past = total(read_rows(self._path), step)
 
     def book(self, kind: str) -> None:

@@ -126,7 +126,7 @@ def read_rows(path: Path) -> list[dict[str, float]]:
     return rows
 
 
-def drop_rows_after(path: Path, step: int) -> None:
+def drop_rows_after(path: Path, step: float) -> None:
     """Cuts a metrics file back to rows up to ``step``, atomically."""
     if not path.exists():
         return

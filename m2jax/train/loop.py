@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from m2jax.checkpoint.manager import Checkpoints
+from m2jax.checkpoint.retention import unknown
 from m2jax.config import Experiment, UserError
 from m2jax.data.loader import Loader
 from m2jax.dist.preemption import Preemption
@@ -75,6 +76,8 @@ class Loop:
         stop = False
         while step < steps and not stop:
             state, metrics, batch = self.one(step, state)
+            if step == since:
+                self.refuse_unknown(metrics)
             step += 1
             self.watchdog.beat(step)
             stop = self.preemption.reached(step)
@@ -104,10 +107,20 @@ class Loop:
         """Starts a checkpoint; reads the step's metrics only where they choose the best one."""
         jax.block_until_ready(metrics)  # a save waits for the step; that time is not its own
         self.meter.goodput.book("step")
-        best = self.experiment.checkpoint.best
-        chosen_by = {name: float(value) for name, value in metrics.items()} if best else None
+        best = self.experiment.checkpoint.best.removeprefix("-")
+        chosen_by = {best: float(metrics[best])} if best in metrics else None
         self.checkpoints.save(step, state, self.loader.get_state(), metrics=chosen_by)
         self.meter.goodput.book("save")
+
+    def refuse_unknown(self, metrics: Metrics) -> None:
+        """Refuses a ``checkpoint.best`` that no figure of this run will ever have.
+
+        Raises:
+            UserError: it is no metric of the step, and there are no evaluations.
+        """
+        best = self.experiment.checkpoint.best
+        if best and best.removeprefix("-") not in metrics and not self.experiment.eval.every:
+            raise unknown(best, metrics)
 
     def validate(self, step: int, state: TrainState, metrics: Metrics) -> dict[str, float]:
         """Figures of this step, from its checkpoint: what whoever loads that would get."""
@@ -115,6 +128,8 @@ class Loop:
         self.checkpoints.wait()
         self.meter.goodput.book("save")
         figures = self.score()
+        if self.experiment.checkpoint.best.removeprefix("-") not in metrics:
+            self.checkpoints.score(step, figures | {name: float(v) for name, v in metrics.items()})
         self.watchdog.beat(step)
         self.meter.goodput.book("evaluation")
         return figures

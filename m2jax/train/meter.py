@@ -41,7 +41,7 @@ class Meter:
         self._skipped = skipped
         self._last: Metrics | None = None
         self._pending: list[jax.Array] = []  # each step's count of skips in a row, not yet read
-        self._seen: Counter[str] = Counter()
+        self._seen: Counter[str] = Counter(loader.counts)
         self._booked: dict[str, float] = {}
 
     def fed(self) -> None:

@@ -43,13 +43,20 @@ def folders(workdir):
     return sorted(p.name for p in (workdir / "checkpoints").iterdir() if p.is_dir())
 
 
-def saved(workdir, steps, metrics=None, **cfg):
-    """A work directory with a checkpoint of each step; what ``Checkpoints`` gives for it."""
+def saved(workdir, steps, metrics=None, *, later=False, **cfg):
+    """A work directory with a checkpoint of each step; what ``Checkpoints`` gives for it.
+
+    With ``later``, losses become known only after their checkpoint.
+    """
     experiment = dataclasses.replace(EXPERIMENT, checkpoint=config.Checkpoint(**cfg))
     checkpoints = Checkpoints(workdir, experiment, ASSETS)
     for step in steps:
         found = None if metrics is None else {"loss": metrics[step]}
-        checkpoints.save(step, state(step), {"next_index": step}, metrics=found)
+        at_once = None if later else found
+        checkpoints.save(step, state(step), {"next_index": step}, metrics=at_once)
+        if later and found is not None and step % 2 == 0:  # an evaluation at every second one
+            checkpoints.wait()
+            checkpoints.score(step, found)
     checkpoints.wait()
     return checkpoints
 
@@ -64,7 +71,25 @@ def test_newest_milestones_and_the_best_stay(tmp_path):
     assert (tmp_path / "checkpoints" / "best").read_text() == "9\n"
 
 
+def test_figures_that_come_after_the_save_choose_the_best_too(tmp_path):
+    losses = {1: 0.0, 2: 3.0, 3: 0.0, 4: 2.0, 5: 0.0, 6: 9.0, 7: 0.0}  # odd ones nobody asks for
+    choice = {"keep": 1, "best": "-loss", "later": True}
+    saved(tmp_path, range(1, 8), losses, **choice).close()
+    assert folders(tmp_path) == ["4", "7"]
+    assert (tmp_path / "checkpoints" / "best").read_text() == "4\n"
+    saved(tmp_path, (8, 9), {8: 1.0, 9: 0.0}, **choice).close()
+    assert folders(tmp_path) == ["8", "9"]
+
+
+def test_damaged_scores_are_one_line(tmp_path):
+    saved(tmp_path, (1,), {1: 1.0}, best="loss").close()
+    (tmp_path / "checkpoints" / "scores.json").write_text("[1")
+    with pytest.raises(UserError, match=r"scores\.json: damaged .* remove it"):
+        saved(tmp_path, (), best="loss")
+
+
 def test_the_best_may_be_the_greatest():
+    assert np.isnan(goodness("los", {"loss": 2.0}))
     assert goodness("loss", {"loss": 2.0}) == 2.0
     assert goodness("-loss", {"loss": 2.0}) == -2.0
     assert goodness("loss", {"loss": float("nan")}) == goodness("-loss", {"loss": float("nan")})
@@ -74,7 +99,7 @@ def test_knobs_out_of_range_and_unknown_metrics_are_refused(tmp_path):
     for key in ("every", "keep"):
         with pytest.raises(UserError, match=rf"checkpoint\.{key}=0"):
             saved(tmp_path, (), **{key: 0})
-    with pytest.raises(UserError, match=r"checkpoint\.best='-los': no such metric: use one of"):
+    with pytest.raises(UserError, match=r"checkpoint\.best='-los': no such figure: use one of loss"):
         saved(tmp_path, (1,), {1: 1.0}, best="-los")
     assert folders(tmp_path) == []
 

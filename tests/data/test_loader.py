@@ -47,6 +47,52 @@ def test_a_restored_loader_goes_on_exactly(before, after, prefetch):
     two.close()
 
 
+class Ordered(Counting):
+    """A source whose batches of n are every n of the numbers from 0 on."""
+
+    by_place = True
+
+    def __init__(self, size):
+        self.size = size
+
+    def batch(self, index, rows):
+        return {"x": np.arange(self.size)[rows] + self.size * index}
+
+
+@given(taken=st.integers(0, 9), before=st.sampled_from((8, 16, 24)), after=st.sampled_from((8, 16)))
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_another_batch_size_takes_up_where_the_rows_ended_or_is_refused(taken, before, after):
+    mesh = make_mesh(Mesh())
+    one, two = (loader.Loader(Ordered(n), mesh, n, 1) for n in (before, after))
+    for _ in range(taken):
+        next(one)
+    one.close()
+    if taken * before % after:
+        with pytest.raises(UserError, match=f"began with {before}, and {taken * before} rows"):
+            two.set_state(one.get_state())
+        return
+    two.set_state(one.get_state())
+    assert np.asarray(next(two)["x"])[0] == taken * before
+    two.close()
+
+
+def test_another_batch_size_is_refused_where_the_order_depends_on_it():
+    mesh = make_mesh(Mesh())
+    state = loader.Loader(Counting(), mesh, 16, 1).get_state()
+    with pytest.raises(UserError, match="the order depends on it"):
+        loader.Loader(Counting(), mesh, 8, 1).set_state(state)
+
+
+def test_what_was_counted_goes_on(monkeypatch):
+    mesh, state = make_mesh(Mesh()), {"next_index": 3, "counts": {"a": 5, "skipped": 2}}
+    source = Counting()
+    monkeypatch.setattr(source, "parts", ("a", "b"), raising=False)
+    found = loader.Loader(source, mesh, 8, 1)
+    found.set_state(state)
+    assert found.counts == {"a": 5, "skipped": 2}
+    assert found.get_state() == {**state, "batch_size": 8}
+
+
 def test_unknown_sets_and_batches_that_do_not_divide_are_refused():
     cfg = load_config("emoji")
     mesh = make_mesh(Mesh())

@@ -4,6 +4,7 @@ import json
 import pytest
 
 from m2jax.obs.goodput import KINDS, Goodput, total
+from m2jax.obs.metrics import read_rows
 
 
 class Clock:
@@ -68,4 +69,7 @@ def test_a_torn_line_is_left_out(tmp_path):
     process(tmp_path, 0, [*FIRST, ("row", 20)])
     with (tmp_path / "goodput.jsonl").open("a") as file:
         file.write('{"step": 30, "in')
-    assert process(tmp_path, 10, [("step", 2)]).share() == pytest.approx(12 / 28)
+    after = [("step", 2), ("row", 20)]
+    assert process(tmp_path, 10, after).share() == pytest.approx(12 / 28)
+    # And hides nothing of what comes behind it.
+    assert read_rows(tmp_path / "goodput.jsonl")[-1]["seconds"]["step"] == 2

@@ -145,14 +145,18 @@ def test_a_rewind_passes_over_checkpoints_that_the_spike_led_to(tmp_path, monkey
 
 def test_validation_rows_come_from_the_steps_own_checkpoint(tmp_path, monkeypatch):
     cfg = toy.experiment(monkeypatch, log_every=8)
-    cfg = dataclasses.replace(cfg, eval=config.Eval(suite="emoji", every=4))
+    best = config.Checkpoint(every=100, keep=1, best="zero_shot/x/top1")
+    cfg = dataclasses.replace(cfg, eval=config.Eval(suite="emoji", every=4), checkpoint=best)
     asked = []
 
     def run_suite(model, *, suite, **others):
         asked.append(suite)
         count = float(np.abs(model.params["text_embed"]).sum())
-        return main.Evaluation({"zero_shot/x/top1": count, "baseline/chance/x/top1": 1.0}, [])
+        figure = count - 100 * len(asked)  # the first is the best
+        seen.append((figure, count))
+        return main.Evaluation({"zero_shot/x/top1": figure, "baseline/chance/x/top1": 1.0}, [])
 
+    seen = []
     monkeypatch.setattr(main, "run_suite", run_suite)
     monkeypatch.setattr(main, "write_report", lambda *_: None)
     main.run(cfg, tmp_path)
@@ -160,9 +164,24 @@ def test_validation_rows_come_from_the_steps_own_checkpoint(tmp_path, monkeypatc
     assert asked == ["emoji-validation", "emoji-validation", "emoji"]
     assert [row["step"] for row in rows] == [4, 8]
     assert all("baseline/chance/x/top1" not in row for row in rows)
-    for row in rows:
+    for row, (figure, count) in zip(rows, seen, strict=False):
         saved = load(tmp_path / "checkpoints" / str(row["step"])).params["text_embed"]
-        assert row["zero_shot/x/top1"] == float(np.abs(saved).sum())
+        assert count == float(np.abs(saved).sum())
+        assert row["zero_shot/x/top1"] == figure
+    assert (tmp_path / "checkpoints" / "best").read_text() == "4\n"  # with keep=1, kept as the best
+
+
+@pytest.mark.parametrize("every", [0, 4])
+def test_a_best_that_nothing_measures_is_refused_early(tmp_path, monkeypatch, every):
+    cfg = toy.experiment(monkeypatch, log_every=8)
+    cfg = dataclasses.replace(
+        cfg,
+        eval=config.Eval(suite="", every=every),
+        checkpoint=config.Checkpoint(every=100, best="zero_shot/x/top1"),
+    )
+    with pytest.raises(UserError, match=r"no such figure: use one of .*loss"):
+        main.run(cfg, tmp_path)
+    assert read_rows(tmp_path / "metrics.jsonl") == []  # before the first row
 
 
 def test_a_start_that_fails_leaves_the_runs_config_alone(tmp_path, monkeypatch):
