@@ -27,6 +27,7 @@ from m2jax.checkpoint import hub, manager, remote
 from m2jax.checkpoint.convert import inward
 from m2jax.config import UserError
 from m2jax.config_dual import Architecture, Dual
+from m2jax.data import stores
 from m2jax.data.image import Preprocess
 from m2jax.data.text import Tokenizer, Tokens, tokenizer_from_dict
 from m2jax.dist.mesh import make_mesh
@@ -221,7 +222,7 @@ def local_directory(path: str | os.PathLike[str]) -> Path:
     if hub.is_hub(path):
         directory = hub.download(path)
     else:
-        directory = remote.fetched(str(path)) if remote.is_remote(path) else Path(path)
+        directory = remote.fetched(str(path)) if stores.is_remote(path) else Path(path)
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory: name a work directory or a checkpoint")
     return directory

@@ -86,7 +86,7 @@ class Data:
     """Where samples come from and how they become batches."""
 
     name: str = "emoji"  # emoji | tsv | tars | shards | tfds | ...: a row of data.loader.SOURCES
-    files: tuple[str, ...] = ()  # tsv, tars: paths, or patterns with *; shards, tfds: folders
+    files: tuple[str, ...] = ()  # paths or patterns, s3:// and gs:// too; shards, tfds: folders
     split: str = "train"  # tfds alone
     mixture: tuple[Part, ...] = ()  # the sources of name="mixture"
     language: str = "en"  # tars, tfds: of captions that do not say theirs

@@ -243,4 +243,4 @@ def test_the_command(model, tmp_path, capsys):
         assert main([*words[:-1], str(tmp_path / "p"), *extra]) == 2
         assert message in capsys.readouterr().err
     assert main([*words[:4], f"{tmp_path}/none*", *words[5:]]) == 2
-    assert "no such file: check the pattern" in capsys.readouterr().err
+    assert "matches no file: mend the path" in capsys.readouterr().err

@@ -18,7 +18,7 @@ PACKAGE = Path(m2jax.__file__).parent
 HOMES: dict[str, str | tuple[str, ...]] = {
     "aqt": "models",
     "orbax": "checkpoint",
-    "fsspec": "checkpoint",
+    "fsspec": "data/stores",
     "grain": "data",
     "tensorflow_datasets": "data",
     "array_record": "data",

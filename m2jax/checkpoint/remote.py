@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import posixpath
 import re
 import shutil
 import sys
@@ -22,15 +23,14 @@ from typing import Any
 from m2jax.checkpoint.retention import SCORES
 from m2jax.checkpoint.store import CHECKPOINTS, IncompleteError, Store, files
 from m2jax.config import UserError
+from m2jax.data import stores
 
 COPIED = ".copied"  # markers of the checkpoints that the store had or has, as STEP; stays here
-LOGS = ("config.json", "metrics.jsonl", "goodput.jsonl", "origin.json", f"{CHECKPOINTS}/best", f"{CHECKPOINTS}/{SCORES}")
+LOGS = (
+    *("config.json", "metrics.jsonl", "goodput.jsonl", "origin.json"),
+    *(f"{CHECKPOINTS}/best", f"{CHECKPOINTS}/{SCORES}"),
+)
 LEFT_AFTER_S = 86400.0  # a copy this old has no process any more that would end it
-
-
-def is_remote(path: object) -> bool:
-    """Whether a path is an address on a store."""
-    return "://" in str(path)
 
 
 class Mirror:
@@ -159,15 +159,27 @@ def mirrored(url: str) -> Iterator[Path]:
 
 
 def fetched(url: str) -> Path:
-    """A local copy of the newest complete checkpoint of a remote work directory, to load from.
+    """A local copy of what lies at an address, to load from.
+
+    That is a work directory (its newest complete checkpoint is copied), one of its checkpoints, or
+    a model folder.
 
     Raises:
         UserError: the store cannot be read, or holds no complete checkpoint there.
     """
+    parent, name = posixpath.split(url.rstrip("/"))
+    if name.isdigit() and posixpath.basename(parent) == CHECKPOINTS:
+        url, asked = posixpath.dirname(parent), {int(name)}
+    else:
+        asked = None
     store, directory = Store(url), staging(url)
-    steps = store.steps()
+    names = store.names()
+    if CHECKPOINTS not in names and names.difference(LOGS):
+        return stores.matching([url], "model")[0]
+    steps = [step for step in store.steps() if asked is None or step in asked]
     if not steps:
-        raise UserError(f"{url}: holds no complete checkpoint: train into it or name another")
+        what = "holds no complete checkpoint" if asked is None else f"has no complete step {name}"
+        raise UserError(f"{url}: {what}: train into it or name another")
     return directory / CHECKPOINTS / str(download(store, directory, steps))
 
 

@@ -18,11 +18,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from m2jax.config import UserError
+from m2jax.data import stores
 
 MARKER = "complete.json"
 CHECKPOINTS = "checkpoints"
 ITEMS = ("state", "data", "bundle")  # a checkpoint without one of them is none
-EXTRAS = {"s3": "m2jax[s3]", "gs": "m2jax[gcs]", "gcs": "m2jax[gcs]"}
 
 
 class IncompleteError(UserError):
@@ -40,18 +40,8 @@ class Store:
     """
 
     def __init__(self, url: str) -> None:
-        import fsspec
-
         self.url = url.rstrip("/")
-        protocol = url.partition("://")[0]
-        try:
-            # Listings are never cached: another process may write here.
-            self.fs, self._root = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
-        except ImportError as error:
-            extra = EXTRAS.get(protocol, f"the fsspec package for {protocol}://")
-            raise UserError(f"{url}: {error}: install {extra}") from error
-        except ValueError as error:
-            raise UserError(f"{url}: {error}: use a path, s3://... or gs://...") from error
+        self.fs, self._root = stores.opened(self.url)
 
     def path(self, *parts: str) -> str:
         """The address of something below the folder, as the file system wants it."""
@@ -78,12 +68,15 @@ class Store:
 
     def folders(self) -> list[int]:
         """Steps of which there is anything, in order."""
+        return sorted(int(name) for name in self.names(CHECKPOINTS) if name.isdigit())
+
+    def names(self, *parts: str) -> set[str]:
+        """Of the files and folders that lie there; none where there is no such folder."""
         try:
-            names = self.fs.ls(self.path(CHECKPOINTS), detail=False)
+            found = self.fs.ls(self.path(*parts), detail=False)
         except FileNotFoundError:
-            return []
-        found = (posixpath.basename(name.rstrip("/")) for name in names)
-        return sorted(int(name) for name in found if name.isdigit())
+            return set()
+        return {posixpath.basename(name.rstrip("/")) for name in found}
 
     def remove(self, step: int) -> None:
         """Removes a checkpoint, its marker first: what is half gone is no checkpoint."""

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import glob
 import logging
 import sys
 from collections.abc import Sequence
@@ -177,6 +176,7 @@ def _number(where: str, value: str) -> float:
 def _source(words: str, *, evaluation: bool) -> Any:
     """A source of its words."""
     from m2jax.config import UserError
+    from m2jax.data import stores
     from m2jax.data.build import readers
     from m2jax.data.build.readers.base import Source
 
@@ -185,12 +185,7 @@ def _source(words: str, *, evaluation: bool) -> Any:
     kind, colon, patterns = rest.partition(":")
     if not colon or kind not in readers.KINDS:
         raise UserError(f"{flag} {words}: write NAME=KIND:FILES with KIND one of {KINDS}")
-    files: list[Path] = []
-    for pattern in patterns.split(","):
-        matched = sorted(glob.glob(str(Path(pattern).expanduser())))
-        if not matched:
-            raise UserError(f"{flag} {name}: {pattern!r} matches no file: mend the path")
-        files += map(Path, matched)
+    files = stores.matching(patterns.split(","), f"{flag} {name}")
     return Source(name, kind, tuple(dict.fromkeys(files)), evaluation=evaluation)
 
 

@@ -84,10 +84,9 @@ def run(args: argparse.Namespace) -> int:
 
 def run_shards(args: argparse.Namespace) -> int:
     """Embeds shards into a folder."""
-    import glob
-
     from m2jax import bulk
     from m2jax.config import UserError
+    from m2jax.data import stores
     from m2jax.dist.host import load_devices
 
     index, slash, count = args.part.partition("/")
@@ -96,15 +95,13 @@ def run_shards(args: argparse.Namespace) -> int:
         raise UserError(f"--part {args.part}: write I/N with I from 1 to N")
     if args.split < 1:
         raise UserError(f"--split {args.split}: must be at least 1")
-    found = {path for words in args.shards for path in glob.glob(words)}
-    if not found:
-        raise UserError(f"--shards {' '.join(args.shards)}: no such file: check the pattern")
+    found = set(stores.matching(args.shards, "--shards"))
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out {args.out}: is a file: name a folder")
     load_devices()
     done = bulk.embed_shards(
         args.model,
-        sorted(map(Path, found)),
+        sorted(found),
         args.out,
         bulk.Options(
             format=args.format,

@@ -55,7 +55,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--split", default="", help="of the data set (default: the suite's)")
     parser.add_argument("--train-split", default="train", help="of probes (default: train)")
     parser.add_argument(
-        "--train-data", type=Path, metavar="[READER:]PATH", help="of probes (default: --data)"
+        "--train-data", default="", metavar="[READER:]PATH", help="of probes (default: --data)"
     )
     parser.add_argument("--epochs", type=int, help="of fine-tuning (10)")
     parser.add_argument("--learning-rate", type=float, help="of fine-tuning, at its most (1e-4)")
@@ -130,7 +130,7 @@ def _request(args: argparse.Namespace, languages: tuple[str, ...]) -> Any:
         return None
     if not re.fullmatch(r"[^/\s]*", args.name):
         raise UserError(f"--name {args.name}: goes into names of figures: leave out / and spaces")
-    data = Path(args.data)
+    data = _here(args.data, "--data")
     place = Place(
         data,
         args.split or suites.SUITES[args.suite].split,
@@ -143,13 +143,29 @@ def _request(args: argparse.Namespace, languages: tuple[str, ...]) -> Any:
         args.name or _name(data) or args.suite,
         place,
         train_split=args.train_split,
-        train_data=args.train_data,
+        train_data=_here(args.train_data, "--train-data") if args.train_data else None,
         recipe=_recipe(args),
         languages=languages,
         templates=names.read_templates(args.templates) if args.templates else {},
         batch=args.batch_size,
         show=True,
     )
+
+
+def _here(words: str, flag: str) -> Path:
+    """A data set's path with its reader, if one is named; copied here where it lies on a store."""
+    from m2jax.config import UserError
+    from m2jax.data import stores
+    from m2jax.eval import sets
+
+    reader, colon, rest = words.partition(":")
+    prefix, address = (f"{reader}:", rest) if colon and reader in sets.READERS else ("", words)
+    if not stores.is_remote(address):
+        return Path(words)
+    found = stores.matching([address], flag)
+    if len(found) > 1:
+        raise UserError(f"{flag} {words}: names {len(found)} files: name the folder they lie in")
+    return Path(f"{prefix}{found[0]}")
 
 
 def _name(data: Path) -> str:

@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-import glob
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from m2jax.config import Data, Experiment, Part, UserError
-from m2jax.data import glm
+from m2jax.data import glm, stores
 from m2jax.data.home import data_home
 from m2jax.data.image import Preprocess
 from m2jax.data.pairs import PairBatches, Pairs
@@ -64,7 +63,14 @@ def _alone(cfg: Data) -> Part:
 
 def _open(part: Part, cfg: Data, at_least: int) -> Pairs:
     """The pairs of a source."""
-    files = _found(part.files)
+    if not part.files:
+        raise UserError("data.files: names none: set it to paths or patterns such as data/*.tar")
+    if part.kind == "tsv" and any(map(stores.is_remote, part.files)):
+        raise UserError(
+            f"data.files: {part.files[0]}: a TSV names pictures beside it: pack them with `m2jax "
+            "data build shards`, or mount the bucket"
+        )
+    files = stores.matching(part.files, "data.files", data_home(cfg.dir) / "fetched")
     if part.kind == "tars":
         cache = data_home(cfg.dir) / "indices"
         return TarPairs(files, cache, language=part.language, at_least=at_least)
@@ -80,23 +86,6 @@ def _open(part: Part, cfg: Data, at_least: int) -> Pairs:
             "for each"
         )
     return TsvPairs(files[0], check=cfg.unreadable == "error", at_least=at_least)
-
-
-def _found(patterns: Sequence[str]) -> list[Path]:
-    """The files that paths and patterns name, each pattern's sorted.
-
-    Raises:
-        UserError: one names nothing.
-    """
-    if not patterns:
-        raise UserError("data.files: names none: set it to paths or patterns such as data/*.tar")
-    files = []
-    for pattern in patterns:
-        matched = sorted(glob.glob(str(Path(pattern).expanduser())))
-        if not matched:
-            raise UserError(f"data.files: {pattern!r} matches no file: mend the path")
-        files += map(Path, matched)
-    return files
 
 
 def _tokenizer(path: str, length: int) -> Tokenizer:

@@ -19,6 +19,7 @@ from m2jax import config as config_lib
 from m2jax.checkpoint import remote
 from m2jax.checkpoint.manager import everyone
 from m2jax.config import Experiment, UserError
+from m2jax.data.stores import is_remote
 
 VISIBLE_AFTER_S = 60.0  # network file systems show another host's file this much later
 
@@ -33,7 +34,7 @@ def opened(workdir: str | os.PathLike[str]) -> Iterator[Path]:
         UserError: the store cannot be read or written; or the staging folder of a remote one is not
             the same in every process.
     """
-    if not remote.is_remote(workdir):
+    if not is_remote(workdir):
         yield Path(workdir)
         return
     directory = remote.staging(str(workdir))

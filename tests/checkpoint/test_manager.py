@@ -99,7 +99,7 @@ def test_knobs_out_of_range_and_unknown_metrics_are_refused(tmp_path):
     for key in ("every", "keep"):
         with pytest.raises(UserError, match=rf"checkpoint\.{key}=0"):
             saved(tmp_path, (), **{key: 0})
-    with pytest.raises(UserError, match=r"checkpoint\.best='-los': no such figure: use one of loss"):
+    with pytest.raises(UserError, match=r"best='-los': no such figure: use one of loss"):
         saved(tmp_path, (1,), {1: 1.0}, best="-los")
     assert folders(tmp_path) == []
 

@@ -11,6 +11,7 @@ from m2jax.bundle import load
 from m2jax.checkpoint import remote
 from m2jax.config import UserError
 from m2jax.train import main
+from tests import s3_server
 from tests.train import toy
 
 
@@ -174,22 +175,26 @@ def test_a_run_removed_from_the_store_begins_anew(url, monkeypatch, tmp_path):
     assert (aside / "checkpoints" / "4" / "state").is_dir()
 
 
+def test_one_checkpoint_and_a_model_folder_can_be_named(tmp_path, url):
+    folder = local_run(tmp_path / "run", steps=(4, 8))
+    remote.Mirror(remote.Store(url), folder).sync()
+    assert remote.fetched(url).name == "8"
+    assert remote.fetched(f"{url}/checkpoints/4/").name == "4"
+    with pytest.raises(UserError, match="has no complete step 5"):
+        remote.fetched(f"{url}/checkpoints/5")
+    model = remote.Store(url.replace("run", "model"))
+    for file in ("config.json", "weights.safetensors"):
+        model.fs.pipe_file(model.path(file), b"{}")
+    found = remote.fetched(model.url)
+    assert {file.name for file in found.iterdir()} == {"config.json", "weights.safetensors"}
+
+
 @pytest.fixture
 def bucket(monkeypatch, tmp_path):
-    """A bucket of a local S3 server."""
-    server_lib = pytest.importorskip("moto.server")
-    s3fs = pytest.importorskip("s3fs")
-    server = server_lib.ThreadedMotoServer("127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
+    """A run's address in a bucket of a local S3 server."""
     monkeypatch.setenv("M2JAX_STAGING", str(tmp_path / "staging"))
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "anything")
-    s3fs.S3FileSystem.clear_instance_cache()
-    s3fs.S3FileSystem().makedirs("runs", exist_ok=True)  # the servers of one process share buckets
-    yield "s3://runs/a"
-    server.stop()
+    with s3_server.serving(monkeypatch):
+        yield "s3://runs/a"
 
 
 @pytest.mark.slow
