@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run of real processes that is ended and started again equals one that was left alone.
 
-One of one process runs with every ``make test``; ``make soak`` runs those of several.
+``make test-slow`` runs one of one process and one of two; ``make soak`` runs them all.
 """
 
 import signal
@@ -61,7 +61,7 @@ def test_one_process_told_to_end_then_killed(tmp_path):
     assert_same(tmp_path / "cut", tmp_path / "whole")
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 def test_told_to_end_then_killed(tmp_path, whole):
     told_then_killed(tmp_path, SHAPE)
     assert_same(tmp_path, whole)
