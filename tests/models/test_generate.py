@@ -101,6 +101,13 @@ def test_a_wide_beam_finds_the_best_text_of_all(made, penalty):
         np.testing.assert_allclose(found.log_probability[row], scored[best], rtol=1e-5)
 
 
+def test_of_equal_words_the_first_is_taken():
+    rng = np.random.default_rng(0)
+    x = rng.integers(-3, 4, (50, 20)).astype(np.float32)
+    x[3], x[4, 5:] = -np.inf, -np.inf
+    np.testing.assert_array_equal(generate._largest(jnp.asarray(x)), x.argmax(1))
+
+
 def test_one_beam_is_greedy(made):
     a, b = run(made, Search(length=LENGTH)), run(made, Search("beam", length=LENGTH, beams=1))
     np.testing.assert_array_equal(a.ids, b.ids)
