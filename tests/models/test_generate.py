@@ -114,12 +114,15 @@ def test_one_beam_is_greedy(made):
     np.testing.assert_allclose(a.log_probability, b.log_probability, rtol=1e-6)
 
 
-def test_the_nucleus_leaves_out_its_tail_and_samples_the_rest_by_chance(made):
+@pytest.mark.parametrize("temperature", [1.0, 0.25])
+def test_the_nucleus_leaves_out_its_tail_and_samples_the_rest_by_chance(made, temperature):
     head, table, memory, _ = made
     top_p, drawn = 0.7, 2000
     same = (head, table, jnp.repeat(memory[:1], drawn, 0), jnp.zeros(drawn, jnp.int32))
-    found = run(same, Search("nucleus", length=1, top_p=top_p))
-    chances = np.exp([log_p(made, 0, (w,))[0] for w in range(VOCAB)])
+    search = Search("nucleus", length=1, top_p=top_p, temperature=temperature)
+    found = run(same, search)
+    chances = np.exp([log_p(made, 0, (w,))[0] / temperature for w in range(VOCAB)])
+    chances /= chances.sum()
     order = np.argsort(-chances)
     count = int((np.cumsum(chances[order]) - chances[order] < top_p).sum())
     kept = order[:count]
@@ -132,6 +135,23 @@ def test_the_nucleus_leaves_out_its_tail_and_samples_the_rest_by_chance(made):
 def test_a_tiny_nucleus_is_greedy(made):
     a, b = run(made, Search(length=LENGTH)), run(made, Search("nucleus", LENGTH, top_p=1e-6))
     np.testing.assert_array_equal(a.ids, b.ids)
+
+
+def test_past_the_longest_text_of_training_the_last_position_serves(made):
+    head, table, memory, language = made
+    found = run(made, Search(length=LENGTH + 3))
+    ids = jnp.minimum(found.ids, VOCAB - 1)
+    tags = head.language_tags[...][language][:, None]
+    tokens = jnp.concatenate([tags, table[ids[:, :-1]]], axis=1)
+    places = jnp.minimum(jnp.arange(LENGTH + 3), LENGTH)
+    states = head.decoder(tokens + head.text_positions[...][places], memory)
+    chances = jax.nn.log_softmax(states @ table[:VOCAB].T)
+    each = np.take_along_axis(np.asarray(chances), np.asarray(ids)[..., None], 2)[..., 0]
+    assert (found.ids == END).sum() < found.ids.size  # some text is long
+    for row, words in enumerate(map(words_of, found.ids)):
+        np.testing.assert_allclose(
+            found.log_probability[row], each[row, : len(words)].sum(), rtol=1e-5
+        )
 
 
 def test_the_language_and_the_memory_are_read(made):
