@@ -63,18 +63,19 @@ def test_the_loss_is_the_weighted_sum_and_its_encoder_starts_as_without_heads(wi
     jax.tree.map(np.testing.assert_array_equal, alone, {k: params[k] for k in alone})
 
 
-def relevant(params, forward, image, text, count):
-    """The patches of an image that fit a text best, by cosine, in their order; plain NumPy."""
+def relevant(params, forward, image, text, which, count=4):
+    """The patches of an image that fit a text best or worst, by cosine, in their order; NumPy."""
     mapped = np.asarray(forward.image.vl.tokens)[image][1:] @ params["image_vl_head"]["kernel"]
     unit = mapped / np.linalg.norm(mapped, axis=1, keepdims=True)
-    return np.sort(np.argsort(unit @ np.asarray(forward.text.features)[text])[-count:])
+    order = np.argsort(unit @ np.asarray(forward.text.features)[text])
+    return np.sort(order[-count:] if which == "high" else order[:count])
 
 
-@pytest.mark.parametrize("patches", ["all", "high"])
+@pytest.mark.parametrize("patches", ["all", "high", "low"])
 def test_captioning_is_the_papers_sum_over_words(wide, monkeypatch, patches):
     """Against the decoder's states and plain NumPy: a tag and words i < t predict word t.
 
-    With ``high`` the decoder sees [CLS] and the quarter of the patches that fits the text best.
+    With ``high`` it sees [CLS] and the quarter of the patches that fits the text best.
     """
     caption = {"patches": patches, "ratio": 0.25}
     cfg = experiment(monkeypatch, caption=caption, masked_image={"weight": 0.0})
@@ -91,9 +92,9 @@ def test_captioning_is_the_papers_sum_over_words(wide, monkeypatch, patches):
             # Text j goes with view j of two: image (row, view) lies at 2 row + view.
             pair = 2 * row + language
             memory = forward.image.vl.tokens[pair][None]
-            if patches == "high":
-                best = relevant(params, forward, pair, pair, 4)
-                memory = memory[:, np.array([0, *(best + 1)])]
+            if patches != "all":
+                seen = relevant(params, forward, pair, pair, patches)
+                memory = memory[:, np.array([0, *(seen + 1)])]
             words = jnp.asarray(table[ids[1:-1]])[None]
             states = np.asarray(write(words, jnp.asarray([language]), memory))[0]
             logits = states @ table[: cfg.model.vocab_size].T
@@ -118,7 +119,7 @@ def test_painting_is_the_mean_square_over_the_patches_that_fit_the_text(wide, mo
     forward = jax.jit(task.itc.forward)(params, batch, jax.random.fold_in(rng, 0))
     masked = np.zeros((32, 16), bool)
     for pair in range(32):
-        masked[pair, relevant(params, forward, pair, pair, 4)] = True
+        masked[pair, relevant(params, forward, pair, pair, "high")] = True
 
     def states(params, pixels, masked):
         model, heads = task.itc.bind(params), params_lib.bind(task.heads.graph, params["heads"])
