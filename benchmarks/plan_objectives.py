@@ -22,7 +22,7 @@ GIB = 2**30
 ALIKE = ("model.remat=full", "data.batch_size=16384")
 SYCOCA = ("loss.caption.weight=2", "loss.masked_image.weight=1")
 M2 = ("loss.masked_text.weight=1", "loss.masked_tokens.weight=1")
-# The tokenizer of the release's code is a ViT-B (BEiT v2); left at 0 its sizes are the encoder's.
+# A tokenizer of ViT-B's size is our choice; left at 0 its sizes are the encoder's.
 SMALL = tuple(
     f"loss.visual_tokenizer.{key}" for key in ("width=768", "heads=12", "encoder_layers=12")
 )
