@@ -2,38 +2,24 @@
 """A decoder: layers of self-attention, cross-attention to a memory, and a feed-forward, pre-norm.
 
 Causal it writes text about an image (IC); not causal it paints masked patches from a text (TG-MIM).
-``begin`` and ``advance`` run it one token at a time on cached keys and values, to the same numbers.
+``models.stepwise`` runs it one token at a time on cached keys and values, to the same numbers.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from m2jax import config as config_lib
 from m2jax.dist.sharding import constrain
 from m2jax.models import layers
 
 Bias = Float[Array, "#batch 1 #queries keys"]
-
-
-class Cache(NamedTuple):
-    """Keys and values of every layer: of the tokens so far, and of the memory.
-
-    Heads come before places, as a product over places wants them: the other order is copied into
-    this one again for every token.
-    """
-
-    keys: Float[Array, "layers batch heads length dim"]
-    values: Float[Array, "layers batch heads length dim"]
-    memory_keys: Float[Array, "layers batch heads memory dim"]
-    memory_values: Float[Array, "layers batch heads memory dim"]
 
 
 class Block(nnx.Module):
@@ -75,9 +61,20 @@ class Block(nnx.Module):
         memory_bias: Bias | None,
     ) -> Float[Array, "b l d"]:
         """The rest of a layer, from what its self-attention found."""
+        x, queries = self.ask(x, attended)
+        return self.answer(x, layers.attention(queries, *memory, bias=memory_bias))
+
+    def ask(
+        self, x: Float[Array, "b l d"], attended: Float[Array, "b l h k"]
+    ) -> tuple[Float[Array, "b l d"], Float[Array, "b l h k"]]:
+        """The tokens with what their self-attention found, and what they ask the memory."""
         x = x + checkpoint_name(self.out(_merged(attended)), "attention_out")
-        queries = self._heads(layers.normed(self.cross_norm, self.cross_q)(x)[0])
-        found = layers.attention(queries, *memory, bias=memory_bias)
+        return x, self._heads(layers.normed(self.cross_norm, self.cross_q)(x)[0])
+
+    def answer(
+        self, x: Float[Array, "b l d"], found: Float[Array, "b l h k"]
+    ) -> Float[Array, "b l d"]:
+        """The rest of a layer, from what the memory answered."""
         x = x + self.cross_out(_merged(found))
         hidden = checkpoint_name(layers.normed(self.ffn_norm, self.fc1)(x)[0], "ffn_in")
         return x + self.fc2(layers.gelu(hidden))
@@ -132,54 +129,6 @@ class Decoder(nnx.Module):
         unroll = min(self.cfg.unroll, self.depth)
         return self.norm(jax.lax.scan(body, tokens, state, unroll=unroll)[0])
 
-    def begin(self, memory: Float[Array, "batch memory width"], length: int) -> Cache:
-        """An empty cache with room for ``length`` tokens about a memory."""
-        graph, state = nnx.split(self.blocks)
-
-        def body(_: None, weights: nnx.State) -> tuple[None, list[jax.Array]]:
-            return None, [x.swapaxes(1, 2) for x in nnx.merge(graph, weights).remember(memory)]
-
-        _, (keys, values) = jax.lax.scan(body, None, state)
-        *first, _, dim = keys.shape
-        empty = jnp.zeros((*first, length, dim), keys.dtype)
-        return Cache(empty, empty, keys, values)
-
-    def advance(
-        self,
-        cache: Cache,
-        token: Float[Array, "batch width"],
-        position: Int[Array, ""],
-        *,
-        memory_mask: Bool[Array, "batch memory"] | None = None,
-    ) -> tuple[Cache, Float[Array, "batch width"]]:
-        """One more token of a causal decoder: its keys and values join the cache.
-
-        Args:
-            cache: of ``begin`` or the call before.
-            token: embedded, its position added.
-            position: how many tokens the cache holds.
-            memory_mask: false where the memory is padding.
-        """
-        graph, state = nnx.split(self.blocks)
-        room = jnp.arange(cache.keys.shape[3])
-        bias = jnp.where(room <= position, 0.0, -jnp.inf)[None, None, None, :]
-        memory_bias = hidden(memory_mask)
-
-        def body(x: jax.Array, layer: tuple) -> tuple[jax.Array, tuple]:
-            weights, keys, values, *memory = layer
-            block = nnx.merge(graph, weights)
-            query, key, value = block.project(x)
-            keys = jax.lax.dynamic_update_index_in_dim(keys, key[:, 0], position, 2)
-            values = jax.lax.dynamic_update_index_in_dim(values, value[:, 0], position, 2)
-            attended = layers.attention(query, _by_place(keys), _by_place(values), bias=bias)
-            seen = [_by_place(x) for x in memory]
-            return block.mix(x, attended, seen, memory_bias), (keys, values)
-
-        # Unrolled: a loop would copy every layer's weights out of the stack for every token.
-        layers_of = (state, *cache)
-        x, (keys, values) = jax.lax.scan(body, token[:, None], layers_of, unroll=self.depth)
-        return cache._replace(keys=keys, values=values), self.norm(x)[:, 0]
-
     def _causal_bias(self, length: int) -> Bias | None:
         if not self.causal:
             return None
@@ -190,10 +139,6 @@ class Decoder(nnx.Module):
 def hidden(mask: Bool[Array, "batch keys"] | None) -> Bias | None:
     """What is added to scores so that no query sees a key whose mask is false."""
     return None if mask is None else jnp.where(mask, 0.0, -jnp.inf)[:, None, None, :]
-
-
-def _by_place(x: Float[Array, "b h l k"]) -> Float[Array, "b l h k"]:
-    return x.swapaxes(1, 2)
 
 
 def _merged(heads: Float[Array, "b l h k"]) -> Float[Array, "b l d"]:

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from m2jax.models.decoder import Cache
 from m2jax.models.heads import CaptionHead
+from m2jax.models.stepwise import Past
 
 METHODS = ("greedy", "nucleus", "beam")
 
@@ -39,7 +39,9 @@ class Search(NamedTuple):
     temperature: float = 1.0  # nucleus: divides the logits
 
 
-Next = Callable[[Cache, jax.Array, jax.Array], tuple[Cache, jax.Array]]  # -> cache, log p [b, v]
+# Past, one more word [rows], how many were before it -> past, log p [rows, vocab]. A past is any
+# tree of arrays whose first axis is the rows.
+Next = Callable[[Any, jax.Array, jax.Array], tuple[Any, jax.Array]]
 
 
 def write(
@@ -65,28 +67,52 @@ def write(
         vocab_size: rows of the table that are words.
         rng: for nucleus.
     """
-    is_word = jnp.arange(len(table)) < vocab_size
+    words = table.astype(head.dtype)
+    stepper, past, state = head.begin(memory, language, search.length + 1)
 
-    def log_p(state: jax.Array) -> jax.Array:
-        wide = jnp.promote_types(state.dtype, jnp.float32)
-        logits = jnp.matmul(state, table.astype(state.dtype).T, preferred_element_type=wide)
-        return jax.nn.log_softmax(jnp.where(is_word, logits, -jnp.inf))
+    def following(past: Past, word: jax.Array, place: jax.Array) -> tuple[Past, jax.Array]:
+        past, state = head.advance(stepper, past, words[word], place + 1)
+        return past, word_chances(state, words, vocab_size)
 
-    def following(cache: Cache, word: jax.Array, place: jax.Array) -> tuple[Cache, jax.Array]:
-        """The words' chances after one more word; ``place`` counts the words before it."""
-        token = table[word].astype(head.dtype)
-        cache, state = head.advance(cache, token, place + 1)
-        return cache, log_p(state)
+    first = word_chances(state, words, vocab_size)
+    return choose(following, past, first, search=search, end=end, rng=rng)
 
-    cache, state = head.begin(memory, language, search.length + 1)
-    first = log_p(state)
+
+def word_chances(
+    state: Float[Array, "rows width"], table: Float[Array, "vocab width"], vocab_size: int
+) -> Float[Array, "rows vocab"]:
+    """Log p of every word behind a state; none for the rows of the table that are no words."""
+    wide = jnp.promote_types(state.dtype, jnp.float32)
+    logits = jnp.matmul(state, table.astype(state.dtype).T, preferred_element_type=wide)
+    return jax.nn.log_softmax(jnp.where(jnp.arange(len(table)) < vocab_size, logits, -jnp.inf))
+
+
+def choose(
+    following: Next,
+    past: Any,
+    first: Float[Array, "batch vocab"],
+    *,
+    search: Search,
+    end: int,
+    rng: jax.Array,
+) -> Written:
+    """The search itself, whatever tells the words' chances.
+
+    Args:
+        following: the chances behind one more word.
+        past: before the first word.
+        first: log p of the first word.
+        search: how words are chosen.
+        end: id of the token that ends a text.
+        rng: for nucleus.
+    """
     if search.method == "beam":
-        return _beam(following, cache, first, search, end)
-    return _sample(following, cache, first, search, end, rng)
+        return _beam(following, past, first, search, end)
+    return _sample(following, past, first, search, end, rng)
 
 
 def _sample(
-    following: Next, cache: Cache, first: jax.Array, search: Search, end: int, rng: jax.Array
+    following: Next, past: Any, first: jax.Array, search: Search, end: int, rng: jax.Array
 ) -> Written:
     """Greedy or nucleus: one word after the other."""
     batch = len(first)
@@ -97,18 +123,18 @@ def _sample(
         return (place < search.length) & ~ended.all()
 
     def step(carry: Any) -> Any:
-        place, cache, log_p, ids, total, ended = carry
+        place, past, log_p, ids, total, ended = carry
         word = _choose(log_p, search, jax.random.fold_in(rng, place))
         word = jnp.where(ended, end, word)
         gained = jnp.take_along_axis(log_p, word[:, None], 1)[:, 0]
         total = total + jnp.where(ended, 0, gained)
         ids = lax.dynamic_update_index_in_dim(ids, word, place, 1)
-        cache, log_p = following(cache, word, place)
-        return place + 1, cache, log_p, ids, total, ended | (word == end)
+        past, log_p = following(past, word, place)
+        return place + 1, past, log_p, ids, total, ended | (word == end)
 
     start = (
         jnp.asarray(0),
-        cache,
+        past,
         first,
         ids,
         jnp.zeros(batch, first.dtype),
@@ -120,7 +146,7 @@ def _sample(
 
 def _choose(log_p: jax.Array, search: Search, rng: jax.Array) -> jax.Array:
     if search.method == "greedy":
-        return log_p.argmax(-1).astype(jnp.int32)
+        return _largest(log_p)
     scaled = jax.nn.log_softmax(log_p / search.temperature)
     order = jnp.argsort(-scaled, axis=-1)
     sorted_p = jnp.take_along_axis(jnp.exp(scaled), order, -1)
@@ -130,11 +156,21 @@ def _choose(log_p: jax.Array, search: Search, rng: jax.Array) -> jax.Array:
     return jnp.take_along_axis(order, picked[:, None], -1)[:, 0].astype(jnp.int32)
 
 
-def _beam(following: Next, cache: Cache, first: jax.Array, search: Search, end: int) -> Written:
+def _largest(x: Float[Array, "rows vocab"]) -> Int[Array, " rows"]:
+    """``argmax``, the first of equals, in two plain reductions.
+
+    One over pairs of value and index is not vectorised on a CPU: 1.2 ms for 32 rows of 8,192
+    against 0.16.
+    """
+    places = jnp.arange(x.shape[1], dtype=jnp.int32)
+    return jnp.where(x == x.max(1, keepdims=True), places, x.shape[1] - 1).min(1)
+
+
+def _beam(following: Next, past: Any, first: jax.Array, search: Search, end: int) -> Written:
     """The most likely texts found by extending ``beams`` prefixes at a time."""
     batch, vocab = first.shape
     beams, length = search.beams, search.length
-    cache = Cache(*(jnp.repeat(x, beams, axis=1) for x in cache))
+    past = jax.tree.map(lambda x: jnp.repeat(x, beams, axis=0), past)
     total = jnp.full((batch, beams), -jnp.inf, first.dtype).at[:, 0].set(0)  # one prefix: none
     log_p = jnp.repeat(first, beams, axis=0)
     ids = jnp.full((batch, beams, length), end, jnp.int32)
@@ -146,19 +182,18 @@ def _beam(following: Next, cache: Cache, first: jax.Array, search: Search, end: 
         return (place < length) & ~ended.all()
 
     def step(carry: Any) -> Any:
-        place, cache, log_p, ids, total, ended = carry
+        place, past, log_p, ids, total, ended = carry
         steps = jnp.where(ended[..., None], only_end, log_p.reshape(batch, beams, vocab))
         total, flat = lax.top_k((total[..., None] + steps).reshape(batch, -1), beams)
         parent, word = flat // vocab, (flat % vocab).astype(jnp.int32)
         ids = jnp.take_along_axis(ids, parent[..., None], 1).at[:, :, place].set(word)
         ended = jnp.take_along_axis(ended, parent, 1) | (word == end)
         rows = (jnp.arange(batch)[:, None] * beams + parent).reshape(-1)
-        # What was seen of the image is the same for every beam of a row.
-        cache = cache._replace(keys=cache.keys[:, rows], values=cache.values[:, rows])
-        cache, log_p = following(cache, word.reshape(-1), place)
-        return place + 1, cache, log_p, ids, total, ended
+        past = jax.tree.map(lambda x, rows=rows: x[rows], past)
+        past, log_p = following(past, word.reshape(-1), place)
+        return place + 1, past, log_p, ids, total, ended
 
-    start = (jnp.asarray(0), cache, log_p, ids, total, jnp.zeros((batch, beams), bool))
+    start = (jnp.asarray(0), past, log_p, ids, total, jnp.zeros((batch, beams), bool))
     _, _, _, ids, total, _ = lax.while_loop(unfinished, step, start)
     words = (ids != end).sum(-1) + 1
     score = total / ((5 + words) / 6) ** search.length_penalty

@@ -14,7 +14,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from m2jax import config as config_lib
 from m2jax.models import layers
-from m2jax.models.decoder import Cache, Decoder
+from m2jax.models.decoder import Decoder
+from m2jax.models.stepwise import Past, Stepper
 
 
 class CaptionHead(nnx.Module):
@@ -60,19 +61,31 @@ class CaptionHead(nnx.Module):
         memory: Float[Array, "batch memory width"],
         language: Int[Array, " batch"],
         length: int,
-    ) -> tuple[Cache, Float[Array, "batch width"]]:
-        """A cache that holds the tag, with room for ``length`` tokens, and the tag's state."""
-        cache = self.decoder.begin(memory, length)
-        return self.advance(cache, self.language_tags[...][language].astype(self.dtype), 0)
+    ) -> tuple[Stepper, Past, Float[Array, "batch width"]]:
+        """The decoder ready to go on, a past that holds the tag, and the tag's state.
+
+        Args:
+            memory: image tokens.
+            language: of each text.
+            length: room for so many tokens, the tag too.
+        """
+        stepper = Stepper(self.decoder, memory)
+        past = stepper.begin(len(memory), length)
+        tags = self.language_tags[...][language].astype(self.dtype)
+        return stepper, *self.advance(stepper, past, tags, 0)
 
     def advance(
-        self, cache: Cache, token: Float[Array, "batch width"], place: Int[Array, ""] | int
-    ) -> tuple[Cache, Float[Array, "batch width"]]:
+        self,
+        stepper: Stepper,
+        past: Past,
+        token: Float[Array, "rows width"],
+        place: Int[Array, ""] | int,
+    ) -> tuple[Past, Float[Array, "rows width"]]:
         """The state behind one more token; ``place`` counts those before it, the tag too."""
         # Past the longest text of training there is no position: the last one serves.
         table = self.text_positions[...]
         position = table[jnp.minimum(place, len(table) - 1)].astype(self.dtype)
-        return self.decoder.advance(cache, token + position, jnp.asarray(place))
+        return stepper(past, token + position, jnp.asarray(place))
 
 
 class PatchHead(nnx.Module):

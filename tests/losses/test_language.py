@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The cross-entropy that never holds its logits equals the one that does."""
 
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
+from jax.test_util import check_grads
 
 from m2jax import config
 from m2jax.dist.mesh import make_mesh
@@ -96,6 +100,43 @@ def test_a_vocabulary_split_over_devices_gives_the_same_and_is_not_collected():
     assert "f32[2,2,256]" in text
     assert not any(f"f32[{b},6,{v}]" in text for b in (2, 4, 8) for v in (256, 512))
     assert "[2,2,512]" not in text
+
+
+def test_a_place_that_does_not_count_may_hold_any_number():
+    """Also the id of a row that is no word, whose loss is infinite."""
+    hidden, table, target, weight = problem(2, 5, 4, 8, 6)
+    weight[0, 2] = weight[1, 4] = 0
+    target[0, 2], target[1, 4] = 7, -1
+
+    def loss(hidden, table):
+        return linear_cross_entropy(
+            hidden, table, jnp.asarray(target), jnp.asarray(weight), vocab_size=6, positions=2
+        )
+
+    with jax.enable_x64(True):
+        arrays = jnp.asarray(hidden), jnp.asarray(table)
+        value, grads = jax.value_and_grad(loss, argnums=(0, 1))(*arrays)
+        check_grads(loss, arrays, order=1, modes=["rev"], atol=1e-8, rtol=1e-6)
+    np.testing.assert_allclose(value, plain(hidden, table, target, weight, 6), rtol=1e-12)
+    np.testing.assert_array_equal(grads[0][0, 2], 0)
+    np.testing.assert_array_equal(grads[1][6:], 0)
+
+
+@pytest.mark.parametrize("positions", [1, 3])
+def test_no_array_holds_the_logits_of_more_places_than_asked(positions):
+    """Neither forward nor kept for the backward pass, stacked or not."""
+    batch, length, rows = 2, 12, 1024
+    arrays = [jnp.asarray(x) for x in problem(batch, length, 8, rows, 1000)]
+
+    def loss(hidden, table):
+        return linear_cross_entropy(
+            hidden, table, *arrays[2:], vocab_size=1000, positions=positions
+        )
+
+    text = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*arrays[:2]).compile().as_text()
+    shapes = {tuple(map(int, found.split(","))) for found in re.findall(r"\w\d+\[([\d,]+)\]", text)}
+    sizes = [math.prod(shape) for shape in shapes if rows in shape]
+    assert max(sizes) == max(batch * positions * rows, 8 * rows)  # the table's gradient is 8 wide
 
 
 def test_no_token_costs_nothing():

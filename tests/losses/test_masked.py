@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.test_util import check_grads
 
 from m2jax.losses import masked
 
@@ -84,6 +85,7 @@ def test_the_loss_is_the_mean_over_masked_patches_alone():
 
     with jax.enable_x64(True):
         value, grad = jax.value_and_grad(loss)(jnp.asarray(predicted))
+        check_grads(loss, (jnp.asarray(predicted),), order=1, modes=["rev"], rtol=1e-6)
     np.testing.assert_allclose(value, expected, rtol=1e-12)
     np.testing.assert_array_equal(np.asarray(grad)[~mask], 0)
     assert (np.asarray(grad)[mask] != 0).all()

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.test_util import check_grads
 
 from m2jax.losses import quantised
 
@@ -46,6 +47,14 @@ def test_each_distance_moves_its_own_side_and_the_target_stays():
     np.testing.assert_allclose(found[2], apart, rtol=1e-12)
     np.testing.assert_allclose(found[3], -apart, rtol=1e-12)
     assert (np.abs(np.asarray(found[0])) > 0).all()
+    told, *rest = arrays()
+    check_grads(
+        lambda told: quantised.distillation_loss(told, *rest)[0],
+        (told,),
+        order=1,
+        modes=["rev"],
+        rtol=1e-6,
+    )
 
 
 def test_the_words_go_on_and_the_codes_get_their_gradient():

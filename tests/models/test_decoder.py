@@ -9,6 +9,7 @@ from flax import nnx
 
 from m2jax import config
 from m2jax.models.decoder import Decoder
+from m2jax.models.stepwise import Stepper
 
 CFG = config.resolve(
     config.Model(
@@ -73,9 +74,8 @@ def test_one_token_at_a_time_gives_the_same_states(wide, room):
     mask = jnp.asarray([[True] * 5, [True] * 4 + [False]])
     run = decoder(causal=True)
     whole = np.asarray(run(jnp.asarray(tokens), jnp.asarray(memory), memory_mask=mask))
-    cache = run.begin(jnp.asarray(memory), room)
+    step = Stepper(run, jnp.asarray(memory), memory_mask=mask)
+    past = step.begin(2, room)
     for place in range(tokens.shape[1]):
-        cache, state = run.advance(
-            cache, jnp.asarray(tokens[:, place]), jnp.asarray(place), memory_mask=mask
-        )
+        past, state = step(past, jnp.asarray(tokens[:, place]), jnp.asarray(place))
         np.testing.assert_allclose(state, whole[:, place], rtol=1e-10, atol=1e-12)

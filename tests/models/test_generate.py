@@ -33,6 +33,20 @@ def made():
     return head, table, memory, jnp.asarray([0, 1, 0])
 
 
+@pytest.fixture(scope="module")
+def talkative(made):
+    """Slow to end; its words hang on the image and on those before. Twelve images."""
+    head, table = CaptionHead(nnx.Rngs(1), CFG, 2, 2), made[1]
+    memory = jnp.asarray(np.random.default_rng(1).normal(size=(12, 5, 16)), jnp.float32)
+    # The first number of a state is mostly positive then; it speaks against the end alone.
+    head.decoder.norm.bias[...] = jnp.zeros(16).at[0].set(1)
+    # What comes next depends on the place and on all words before.
+    head.text_positions[...] = 4 * head.text_positions[...]
+    head.decoder.blocks.out.kernel[...] = 4 * head.decoder.blocks.out.kernel[...]
+    table = table.at[:, 0].set(0).at[END].set(-jnp.eye(16)[0])
+    return head, table, 2 * memory, jnp.arange(12) % 2
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _chances(graph, state, table, memory, language, words):
     states = nnx.merge(graph, state)(table[words], language, memory)
@@ -84,21 +98,50 @@ def test_greedy_takes_the_best_word_each_time(made):
         )
 
 
+def scored(text, log_p, penalty):
+    """A text that was cut off counts one word more: its end would have to come."""
+    words = len(text) + (text[-1] != END)
+    return log_p / ((5 + words) / 6) ** penalty
+
+
 @pytest.mark.parametrize("penalty", [0.0, 1.0])
-def test_a_wide_beam_finds_the_best_text_of_all(made, penalty):
+def test_a_wide_beam_finds_the_best_text_of_all(talkative, penalty):
     search = Search("beam", length=LENGTH, beams=VOCAB**LENGTH, length_penalty=penalty)
-    found = run(made, search)
+    head, table, memory, language = talkative
+    found = run((head, table, memory[:3], language[:3]), search)
     for row in range(3):
-        scored = {t: log_p(made, row, t).sum() for t in texts()}
-
-        def score(text, scored=scored):
-            # A text that was cut off counts one word more: its end would have to come.
-            words = len(text) + (text[-1] != END)
-            return scored[text] / ((5 + words) / 6) ** penalty
-
-        best = max(scored, key=score)
+        total = {t: log_p(talkative, row, t).sum() for t in texts()}
+        best = max(total, key=lambda text, of=total: scored(text, of[text], penalty))
         assert words_of(found.ids[row]) == best
-        np.testing.assert_allclose(found.log_probability[row], scored[best], rtol=1e-5)
+        np.testing.assert_allclose(found.log_probability[row], total[best], rtol=1e-5)
+
+
+@pytest.mark.parametrize("beams", [2, 3])
+def test_a_narrow_beam_keeps_the_best_prefixes_of_its_image(talkative, beams):
+    """Against the same search written plainly, one image at a time."""
+    found = run(talkative, Search("beam", length=LENGTH, beams=beams, length_penalty=0.6))
+    greedy = run(talkative, Search(length=LENGTH))
+    assert (found.ids != greedy.ids).any(1).sum() > 2  # or one prefix would do
+    for row in range(12):
+        kept = {(): 0.0}
+        for _ in range(LENGTH):
+            grown = {t: p for t, p in kept.items() if t and t[-1] == END}
+            for text, total in kept.items():
+                if text not in grown:
+                    for word in range(VOCAB):
+                        longer = (*text, word)
+                        grown[longer] = total + log_p(talkative, row, longer)[-1]
+            kept = dict(sorted(grown.items(), key=lambda item: -item[1])[:beams])
+        best = max(kept, key=lambda text, of=kept: scored(text, of[text], 0.6))
+        assert words_of(found.ids[row]) == best
+        np.testing.assert_allclose(found.log_probability[row], kept[best], rtol=1e-5)
+
+
+def test_of_equal_words_the_first_is_taken():
+    rng = np.random.default_rng(0)
+    x = rng.integers(-3, 4, (50, 20)).astype(np.float32)
+    x[3], x[4, 5:] = -np.inf, -np.inf
+    np.testing.assert_array_equal(generate._largest(jnp.asarray(x)), x.argmax(1))
 
 
 def test_one_beam_is_greedy(made):
@@ -107,12 +150,15 @@ def test_one_beam_is_greedy(made):
     np.testing.assert_allclose(a.log_probability, b.log_probability, rtol=1e-6)
 
 
-def test_the_nucleus_leaves_out_its_tail_and_samples_the_rest_by_chance(made):
+@pytest.mark.parametrize("temperature", [1.0, 0.25])
+def test_the_nucleus_leaves_out_its_tail_and_samples_the_rest_by_chance(made, temperature):
     head, table, memory, _ = made
     top_p, drawn = 0.7, 2000
     same = (head, table, jnp.repeat(memory[:1], drawn, 0), jnp.zeros(drawn, jnp.int32))
-    found = run(same, Search("nucleus", length=1, top_p=top_p))
-    chances = np.exp([log_p(made, 0, (w,))[0] for w in range(VOCAB)])
+    search = Search("nucleus", length=1, top_p=top_p, temperature=temperature)
+    found = run(same, search)
+    chances = np.exp([log_p(made, 0, (w,))[0] / temperature for w in range(VOCAB)])
+    chances /= chances.sum()
     order = np.argsort(-chances)
     count = int((np.cumsum(chances[order]) - chances[order] < top_p).sum())
     kept = order[:count]
@@ -125,6 +171,23 @@ def test_the_nucleus_leaves_out_its_tail_and_samples_the_rest_by_chance(made):
 def test_a_tiny_nucleus_is_greedy(made):
     a, b = run(made, Search(length=LENGTH)), run(made, Search("nucleus", LENGTH, top_p=1e-6))
     np.testing.assert_array_equal(a.ids, b.ids)
+
+
+def test_past_the_longest_text_of_training_the_last_position_serves(made):
+    head, table, memory, language = made
+    found = run(made, Search(length=LENGTH + 3))
+    ids = jnp.minimum(found.ids, VOCAB - 1)
+    tags = head.language_tags[...][language][:, None]
+    tokens = jnp.concatenate([tags, table[ids[:, :-1]]], axis=1)
+    places = jnp.minimum(jnp.arange(LENGTH + 3), LENGTH)
+    states = head.decoder(tokens + head.text_positions[...][places], memory)
+    chances = jax.nn.log_softmax(states @ table[:VOCAB].T)
+    each = np.take_along_axis(np.asarray(chances), np.asarray(ids)[..., None], 2)[..., 0]
+    assert (found.ids == END).sum() < found.ids.size  # some text is long
+    for row, words in enumerate(map(words_of, found.ids)):
+        np.testing.assert_allclose(
+            found.log_probability[row], each[row, : len(words)].sum(), rtol=1e-5
+        )
 
 
 def test_the_language_and_the_memory_are_read(made):

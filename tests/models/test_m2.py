@@ -117,6 +117,23 @@ def test_drop_path_is_off_without_a_key():
     assert not np.allclose(dropped, model.encode_image(x).features)
 
 
+def test_drop_path_reaches_both_parts_of_the_joint_mode_and_is_off_without_a_key():
+    abstract, params = model_of(dataclasses.replace(TINY, drop_path=0.9, vl_layers=2))
+    model = params_lib.bind(abstract.graph, params)
+    image = model.embed_image(jax.random.uniform(jax.random.key(1), (1, 16, 16, 3)))
+    text, mask = model.embed_text(jnp.array([[2, 5, 6, 3]])), jnp.ones((1, 4), jnp.int32)
+    drawn = jax.random.key(5)
+    both, rngs = jnp.concatenate([image, text], 1), jax.random.split(drawn)
+    found = model.backbone(both, split=image.shape[1], rng=rngs[0]).tokens
+    found = model.vl(found, split=image.shape[1], rng=rngs[1]).tokens
+    dropped = model.encode_joint(image, text, mask, rng=drawn)
+    np.testing.assert_allclose(jnp.concatenate(dropped, 1), found, atol=1e-5)
+    kept = jnp.concatenate(model.encode_joint(image, text, mask), 1)
+    plain = model.backbone(both, split=image.shape[1]).tokens
+    np.testing.assert_allclose(kept, model.vl(plain, split=image.shape[1]).tokens, atol=1e-5)
+    assert not np.allclose(kept, found, atol=1e-2)
+
+
 def test_bfloat16_activations_stay_near_float32():
     abstract, params = model_of(TINY)
     half = params_lib.abstract(dataclasses.replace(TINY, dtype="bfloat16"))

@@ -63,9 +63,22 @@ def test_the_loss_is_the_weighted_sum_and_its_encoder_starts_as_without_heads(wi
     jax.tree.map(np.testing.assert_array_equal, alone, {k: params[k] for k in alone})
 
 
-def test_captioning_is_the_papers_sum_over_words(wide, monkeypatch):
-    """Against the decoder's states and plain NumPy: a tag and words i < t predict word t."""
-    cfg = experiment(monkeypatch, masked_image={"weight": 0.0})
+def relevant(params, forward, image, text, which, count=4):
+    """The patches of an image that fit a text best or worst, by cosine, in their order; NumPy."""
+    mapped = np.asarray(forward.image.vl.tokens)[image][1:] @ params["image_vl_head"]["kernel"]
+    unit = mapped / np.linalg.norm(mapped, axis=1, keepdims=True)
+    order = np.argsort(unit @ np.asarray(forward.text.features)[text])
+    return np.sort(order[-count:] if which == "high" else order[:count])
+
+
+@pytest.mark.parametrize("patches", ["all", "high", "low"])
+def test_captioning_is_the_papers_sum_over_words(wide, monkeypatch, patches):
+    """Against the decoder's states and plain NumPy: a tag and words i < t predict word t.
+
+    With ``high`` it sees [CLS] and the quarter of the patches that fits the text best.
+    """
+    caption = {"patches": patches, "ratio": 0.25}
+    cfg = experiment(monkeypatch, caption=caption, masked_image={"weight": 0.0})
     task, params, batch = setting(cfg)
     rng = jax.random.key(3)
     forward = jax.jit(task.itc.forward)(params, batch, jax.random.fold_in(rng, 0))
@@ -77,7 +90,11 @@ def test_captioning_is_the_papers_sum_over_words(wide, monkeypatch):
         for language in range(2):
             ids = np.asarray(batch["text"][row, language])
             # Text j goes with view j of two: image (row, view) lies at 2 row + view.
-            memory = forward.image.vl.tokens[2 * row + language][None]
+            pair = 2 * row + language
+            memory = forward.image.vl.tokens[pair][None]
+            if patches != "all":
+                seen = relevant(params, forward, pair, pair, patches)
+                memory = memory[:, np.array([0, *(seen + 1)])]
             words = jnp.asarray(table[ids[1:-1]])[None]
             states = np.asarray(write(words, jnp.asarray([language]), memory))[0]
             logits = states @ table[: cfg.model.vocab_size].T
@@ -92,6 +109,45 @@ def test_captioning_is_the_papers_sum_over_words(wide, monkeypatch):
     }  # the rest counts nothing
     _, metrics = jax.jit(task.loss)(params, few, rng)
     np.testing.assert_allclose(metrics["loss/caption"], lost / counted, rtol=1e-10)
+
+
+def test_painting_is_the_mean_square_over_the_patches_that_fit_the_text(wide, monkeypatch):
+    """Selection, targets, the last map and the mean in NumPy around encoder and decoder."""
+    cfg = experiment(monkeypatch, caption={"weight": 0.0}, masked_image={"ratio": 0.25})
+    task, params, batch = setting(cfg)
+    rng = jax.random.key(3)
+    forward = jax.jit(task.itc.forward)(params, batch, jax.random.fold_in(rng, 0))
+    masked = np.zeros((32, 16), bool)
+    for pair in range(32):
+        masked[pair, relevant(params, forward, pair, pair, "high")] = True
+
+    def states(params, pixels, masked):
+        model, heads = task.itc.bind(params), params_lib.bind(task.heads.graph, params["heads"])
+        text = model.encode_text(batch["text"].reshape(32, 6), batch["text_mask"].reshape(32, 6))
+        tokens = model.encode_image(pixels, masked=masked).vl.tokens
+        mask = batch["text_mask"].reshape(32, 6)
+        return heads.masked_image.decoder(tokens, text.vl.tokens, memory_mask=mask)
+
+    pixels = np.asarray(forward.pixels)
+    last = jax.tree.map(np.asarray, params["heads"]["masked_image"]["out"])
+    found = np.asarray(jax.jit(states)(params, forward.pixels, masked))[:, 1:]
+    found = found @ last["kernel"] + last["bias"]
+    errors = []
+    for pair, place in np.argwhere(masked):
+        row, column = divmod(place, 4)
+        patch = pixels[pair, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4].reshape(-1)
+        target = (patch - patch.mean()) / np.sqrt(patch.var() + 1e-6)
+        errors.append(((found[pair, place] - target) ** 2).mean())
+    _, metrics = jax.jit(task.loss)(params, batch, rng)
+    np.testing.assert_allclose(metrics["loss/masked_image"], np.mean(errors), rtol=1e-10)
+
+
+def test_what_the_padding_holds_changes_no_objective(wide, monkeypatch):
+    task, params, batch = setting(experiment(monkeypatch, caption={"patches": "high"}))
+    loss = jax.jit(lambda batch: task.loss(params, batch, jax.random.key(3)))
+    other = jnp.where(batch["text_mask"], batch["text"], batch["text"] ^ 1)
+    before, after = loss(batch), loss({**batch, "text": other})
+    jax.tree.map(np.testing.assert_array_equal, before, after)
 
 
 def test_a_word_is_told_by_those_before_it_alone(wide, monkeypatch):

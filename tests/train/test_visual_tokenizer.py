@@ -110,6 +110,30 @@ def check_decoder_gradient(loss, params, batch, grads):
     np.testing.assert_allclose((moved[0] - moved[1]) / 2e-6, along, rtol=2e-5)
 
 
+def test_a_token_belongs_to_its_patch_and_knows_where_that_lies(wide, monkeypatch):
+    """Row by row, as the patches of the encoder that has to tell the tokens."""
+    task = VisualTokenizerTask(experiment(monkeypatch))
+    params = jax.jit(task.init)(jax.random.key(0))
+
+    def run(params, pixels):
+        tokenizer = params_lib.bind(task.tokenizer.graph, params[KEY])
+        codes = tokenizer.quantise(pixels).codes
+        return codes, tokenizer.decode(jnp.broadcast_to(codes[:, :1], codes.shape))
+
+    run = jax.jit(run)
+    grey = np.full((1, 16, 16, 3), 0.5)
+    codes, told = map(np.asarray, run(params, jnp.asarray(grey)))
+    for states in (codes, told):  # all patches alike, all words alike
+        apart = np.linalg.norm(states[0][:, None] - states[0], axis=-1)
+        assert apart[~np.eye(16, dtype=bool)].min() > 1e-3
+    for place in (1, 6, 8):
+        row, column = divmod(place, 4)
+        one = grey.copy()
+        one[:, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] = (1.0, 0.0, 0.0)
+        moved = np.linalg.norm(np.asarray(run(params, jnp.asarray(one))[0]) - codes, axis=-1)
+        assert moved[0].argmax() == place
+
+
 def test_what_does_not_go_together_is_said(monkeypatch):
     cfg = experiment(monkeypatch, target="features")
     with pytest.raises(UserError, match="no model to learn from: name one with --init"):
