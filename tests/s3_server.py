@@ -2,6 +2,7 @@
 """A local S3 server, and a bucket ``runs`` on it that the process's s3fs finds."""
 
 import contextlib
+import logging
 
 import pytest
 
@@ -11,6 +12,7 @@ def serving(monkeypatch):
     """Serves in the block."""
     server_lib = pytest.importorskip("moto.server")
     s3fs = pytest.importorskip("s3fs")
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line for every request
     server = server_lib.ThreadedMotoServer("127.0.0.1", port=0)
     server.start()
     host, port = server.get_host_and_port()

@@ -11,6 +11,7 @@ file, a bad disk) costs the steps since the one before it, not the run.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import sys
 from collections.abc import Iterator, Mapping
@@ -25,6 +26,7 @@ from jax.experimental import multihost_utils
 
 from m2jax import architectures, config_dual
 from m2jax import config as config_lib
+from m2jax.checkpoint import parts as parts_lib
 from m2jax.checkpoint.retention import Best, retention
 from m2jax.config import UserError
 from m2jax.config_dual import Architecture, Dual
@@ -52,6 +54,7 @@ class Checkpoints:
         experiment: the run, saved beside the arrays and checked on restore.
         assets: tokenizer and preprocessing as JSON-able data, saved as they are.
         model: of the run, where it is not ``experiment.model``.
+        parts: of a run on a store whose processes have no folder in common.
 
     Raises:
         UserError: ``checkpoint.every`` or ``checkpoint.keep`` is below 1.
@@ -63,7 +66,9 @@ class Checkpoints:
         experiment: config_lib.Experiment,
         assets: dict[str, Any],
         model: Architecture | None = None,
+        parts: parts_lib.Parts | None = None,
     ) -> None:
+        self._parts = parts
         self._experiment, self._model = experiment, model or experiment.model
         self._bundle = (
             bundle_item(model, assets) if isinstance(model, Dual) else _bundle(experiment, assets)
@@ -75,7 +80,12 @@ class Checkpoints:
             cleanup_tmp_directories=True,  # what a killed process left half-written
             preservation_policy=retention(experiment.checkpoint, self._best),
         )
-        self._manager = ocp.CheckpointManager(folder(workdir), options=options)
+        registry = None
+        if parts:
+            options = dataclasses.replace(options, **parts_lib.alone_options())
+            registry = parts_lib.registry()
+        where = folder(workdir)
+        self._manager = ocp.CheckpointManager(where, options=options, handler_registry=registry)
 
     def save(
         self,
@@ -101,7 +111,7 @@ class Checkpoints:
         if metrics is not None:
             self.score(step, metrics)
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(state),
+            state=(ocp.args.PyTreeSave if self._parts else ocp.args.StandardSave)(state),
             data=ocp.args.JsonSave(data),
             bundle=ocp.args.JsonSave(self._bundle),
         )
@@ -133,7 +143,8 @@ class Checkpoints:
         """
         self.wait()
         damaged: dict[int, str] = {}
-        steps = [s for s in self._manager.all_steps() if until is None or s <= until]
+        known = self._parts.steps() if self._parts else self._manager.all_steps()
+        steps = [s for s in known if until is None or s <= until]
         for step in sorted(steps, reverse=True):
             restored, reason = self._read(step, abstract_state)
             if everyone(not reason):
@@ -153,6 +164,8 @@ class Checkpoints:
         """One checkpoint, or why it cannot be read; without waiting for the other processes."""
         where = epath.Path(self._manager.directory) / str(step)
         try:
+            if self._parts:
+                self._parts.bring(step, abstract_state)
             saved = read_bundle(Path(where))
             _same_architecture(saved.model, self._model, str(where))
             data = ocp.JsonCheckpointHandler().restore(where / "data")
@@ -174,13 +187,17 @@ class Checkpoints:
         """Renames damaged checkpoints and says where the run goes on instead."""
         if not damaged:
             return
-        if jax.process_index() == 0:
+        if self._parts:
+            self._parts.set_aside(damaged)
+        if self._parts or jax.process_index() == 0:
             directory = epath.Path(self._manager.directory)
             for bad, reason in damaged.items():
                 there = directory / f"{bad}.damaged"
                 if there.exists():
                     there.rmtree()
                 (directory / str(bad)).rename(there)
+                if jax.process_index() != 0:
+                    continue
                 print(
                     f"warning: {directory}/{bad}: damaged ({reason}): renamed to {there.name}; "
                     f"the run goes on from step {step}",

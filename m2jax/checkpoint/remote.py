@@ -79,7 +79,7 @@ class Mirror:
             UserError: the store did not take something.
         """
         try:
-            here = _steps(self._directory)
+            here = steps_in(self._directory)
             self._files()
             self._checkpoints(here)
         except Exception as error:  # each store has errors of its own
@@ -91,25 +91,30 @@ class Mirror:
     def _checkpoints(self, here: list[int]) -> None:
         self._had.update(here)
         for step in reversed(here):  # the newest first: it is what a run goes on from
-            noted = _noted(self._directory, step)
-            if noted is None or noted != self._store.marker(step):
+            marker = noted(self._directory, step)
+            if marker is None or marker != self._store.marker(step):
                 self._push(step)
         # Others are not this machine's to remove: it may have begun with the newest alone.
         gone = self._had.difference(here)
         for step in gone.intersection(self._store.folders()):
             self._store.remove(step)
-        self._had -= gone
 
     def _push(self, step: int) -> None:
         folder = self._directory / CHECKPOINTS / str(step)
+        sent = self.sent(folder)
+        if sent is not None:
+            note(self._directory, step, self._store.mark(step, sent))
+
+    def sent(self, folder: Path) -> dict[str, int] | None:
+        """Copies a checkpoint, still without a marker; ``None`` where it is no complete one."""
+        step = int(folder.name)
         try:
-            marker = self._store.push(folder)
+            return self._store.send(folder)
         except IncompleteError as error:
             if folder.exists() and step not in self._warned:
                 print(f"warning: {error}", file=sys.stderr, flush=True)
                 self._warned.add(step)
-            return
-        _note(self._directory, step, marker)
+            return None
 
     def _files(self) -> None:
         for file in files(self._directory):
@@ -118,11 +123,15 @@ class Mirror:
             inside = top == CHECKPOINTS and len(below) > 1  # of a checkpoint
             if inside or top == COPIED or file.suffix == ".tmp":
                 continue
-            status = file.stat()
-            stamp = status.st_size, status.st_mtime
-            if self._seen.get(name) != stamp:
-                self._store.put(file, name.as_posix())
-                self._seen[name] = stamp
+            self._put(file)
+
+    def _put(self, file: Path) -> None:
+        """Copies one file of the run, if it has changed."""
+        name, status = file.relative_to(self._directory), file.stat()
+        stamp = status.st_size, status.st_mtime
+        if self._seen.get(name) != stamp:
+            self._store.put(file, name.as_posix())
+            self._seen[name] = stamp
 
 
 def staging(url: str) -> Path:
@@ -149,9 +158,9 @@ def mirrored(url: str) -> Iterator[Path]:
         directory.rename(aside)
         print(f"warning: {url} {reason}: what was staged is in {aside}", file=sys.stderr)
     (directory / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-    _take_logs(store, directory)
+    take_logs(store, directory)
     steps = store.steps()
-    if max(steps, default=-1) > max(_steps(directory), default=-1):
+    if max(steps, default=-1) > max(steps_in(directory), default=-1):
         download(store, directory, steps)
     _take_best(store, directory, steps)
     with Mirror(store, directory):
@@ -217,14 +226,14 @@ def _bring(store: Store, directory: Path, step: int) -> None:
     """One checkpoint, unless the copy here is of what is there now."""
     folder = directory / CHECKPOINTS
     folder.mkdir(parents=True, exist_ok=True)
-    marker, noted, local = store.marker(step), _noted(directory, step), folder / str(step)
+    marker, here, local = store.marker(step), noted(directory, step), folder / str(step)
     if local.exists():
-        if noted in (None, marker):  # None: a run made it here
+        if here in (None, marker):  # None: a run made it here
             return
         old = local.rename(folder / f"{step}.pulled-old-{time.time_ns()}")
         shutil.rmtree(old)
     # Noted first: what is here without a note was made here. Nobody takes a note for a copy.
-    _note(directory, step, marker or b"")
+    note(directory, step, marker or b"")
     try:
         store.pull(step, folder)
     except BaseException:
@@ -238,17 +247,17 @@ def _outdated(store: Store, directory: Path) -> str:
         return ""
     if store.read("config.json") is None:
         return "holds no run any more"
-    here = max(_steps(directory), default=-1)
+    here = max(steps_in(directory), default=-1)
     if max(store.steps(), default=-1) > here:
         return "went on elsewhere"
-    if _noted(directory, here) not in (None, store.marker(here)):
+    if noted(directory, here) not in (None, store.marker(here)):
         return f"holds another step {here}, or none any more"
     return ""
 
 
-def _take_logs(store: Store, directory: Path) -> None:
+def take_logs(store: Store, directory: Path) -> None:
     """Files of the run as the store has them, unless those here go further."""
-    ahead = max(_steps(directory), default=-1) > max(store.steps(), default=-1)
+    ahead = max(steps_in(directory), default=-1) > max(store.steps(), default=-1)
     aside = _aside(directory)
     for name in LOGS:
         contents, local = store.read(*name.split("/")), directory / name
@@ -275,7 +284,7 @@ def _take_best(store: Store, directory: Path, steps: Collection[int]) -> None:
         print(f"warning: {error}; the run goes on without its best", file=sys.stderr, flush=True)
 
 
-def _steps(directory: Path) -> list[int]:
+def steps_in(directory: Path) -> list[int]:
     """Steps of the checkpoints of a local work directory, in order."""
     names = (path.name for path in (directory / CHECKPOINTS).glob("*"))
     return sorted(int(name) for name in names if name.isdigit())
@@ -286,13 +295,13 @@ def _aside(directory: Path) -> Path:
     return directory.with_name(f"{directory.name}.aside-{time.time_ns()}")
 
 
-def _note(directory: Path, step: int, marker: bytes) -> None:
+def note(directory: Path, step: int, marker: bytes) -> None:
     """Keeps the marker of a checkpoint that is here and there."""
     (directory / COPIED).mkdir(parents=True, exist_ok=True)
     _write(directory / COPIED / str(step), marker)
 
 
-def _noted(directory: Path, step: int) -> bytes | None:
+def noted(directory: Path, step: int) -> bytes | None:
     """That marker; ``None`` where a run made the checkpoint here and it was not copied yet."""
     try:
         return (directory / COPIED / str(step)).read_bytes()

@@ -14,13 +14,16 @@ import posixpath
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from m2jax.config import UserError
 from m2jax.data import stores
 
 MARKER = "complete.json"
+IN_FLIGHT = 16  # files on their way at a time
 CHECKPOINTS = "checkpoints"
 ITEMS = ("state", "data", "bundle")  # a checkpoint without one of them is none
 
@@ -80,33 +83,57 @@ class Store:
 
     def remove(self, step: int) -> None:
         """Removes a checkpoint, its marker first: what is half gone is no checkpoint."""
-        self._unmark(step)
+        self.unmark(step)
         self.fs.rm(self.path(CHECKPOINTS, str(step)), recursive=True)
 
-    def push(self, checkpoint: Path) -> bytes:
-        """Copies one complete local checkpoint there, its marker last, and returns the marker.
+    def send(self, checkpoint: Path) -> dict[str, int]:
+        """Copies the files of a complete local checkpoint there; ``mark`` makes it complete.
+
+        Returns:
+            Their names and sizes.
 
         Raises:
             IncompleteError: it lacks an item, or changed meanwhile (a run removes those that it no
                 longer keeps); there is no marker then.
         """
-        sizes = _sizes(checkpoint)
+        sizes = sizes_in(checkpoint)
         for item in ITEMS:
             if not any(name.startswith(f"{item}/") for name in sizes):
                 raise IncompleteError(f"{checkpoint}: lacks {item}: not copied to {self.url}")
-        self._unmark(int(checkpoint.name))
-        for name in sizes:
+        self.unmark(int(checkpoint.name))
+        return self.send_files(checkpoint, sizes)
+
+    def send_files(self, checkpoint: Path, sizes: Mapping[str, int]) -> dict[str, int]:
+        """Copies some files of a local checkpoint there; returns them.
+
+        Raises:
+            IncompleteError: one changed meanwhile.
+        """
+
+        def put(name: str) -> None:
             try:
                 self.put(checkpoint / name, CHECKPOINTS, checkpoint.name, name)
             except FileNotFoundError:
                 if (checkpoint / name).exists():  # it is the bucket that is not there
                     raise
-                break
-        if _sizes(checkpoint) != sizes:
+
+        at_once(put, sizes)
+        now = sizes_in(checkpoint)
+        if any(now.get(name) != size for name, size in sizes.items()):
             raise IncompleteError(f"{checkpoint}: changed while it was copied to {self.url}")
-        marker = json.dumps({"id": uuid.uuid4().hex, "files": sizes}).encode()
-        self.fs.pipe_file(self.path(CHECKPOINTS, checkpoint.name, MARKER), marker)
+        return dict(sizes)
+
+    def mark(self, step: int, sizes: Mapping[str, int]) -> bytes:
+        """Makes a checkpoint complete whose files are there."""
+        marker = json.dumps({"id": uuid.uuid4().hex, "files": dict(sizes)}).encode()
+        self.fs.pipe_file(self.path(CHECKPOINTS, str(step), MARKER), marker)
         return marker
+
+    def unmark(self, step: int) -> None:
+        """Makes a checkpoint incomplete; its files stay."""
+        with contextlib.suppress(FileNotFoundError):
+            if self.marker(step) is not None:
+                self.fs.rm_file(self.path(CHECKPOINTS, str(step), MARKER))
 
     def pull(self, step: int, checkpoints: Path) -> Path:
         """Copies one complete checkpoint here; it appears in ``checkpoints`` whole or not at all.
@@ -133,30 +160,44 @@ class Store:
 
     def _get(self, step: int, folder: Path) -> None:
         """The files of a checkpoint, each as long as the marker says."""
-        for name, size in self._listed(step).items():
-            parts = name.split("/")
-            if posixpath.isabs(name) or not {"", ".", ".."}.isdisjoint(parts):
+        sizes = self.listed(step)
+        at_once(lambda name, size: self.get(step, name, size, folder), sizes, sizes.values())
+
+    def get(self, step: int, name: str, size: int, folder: Path) -> None:
+        """One file of a checkpoint, as long as the marker says.
+
+        Raises:
+            UserError: it is missing there, or not that long.
+        """
+        local = folder.joinpath(*name.split("/"))
+        local.parent.mkdir(parents=True, exist_ok=True)
+        source = self.path(CHECKPOINTS, str(step), name)
+        try:
+            self.fs.get_file(source, str(local))
+        except FileNotFoundError:
+            raise UserError(f"{source}: missing: remove the checkpoint to use another") from None
+        if local.stat().st_size != size:
+            raise UserError(
+                f"{source}: {local.stat().st_size} bytes, not {size}: remove the checkpoint to "
+                "use another"
+            )
+
+    def listed(self, step: int) -> dict[str, int]:
+        """Names and sizes that the marker of a checkpoint lists; all lie inside of it.
+
+        Raises:
+            UserError: the marker lists none, or others.
+        """
+        sizes = self._sizes_of(step)
+        for name in sizes:
+            if posixpath.isabs(name) or not {"", ".", ".."}.isdisjoint(name.split("/")):
                 raise UserError(
                     f"{self.url}: {MARKER} of step {step} names {name!r}, which lies outside of "
                     "the checkpoint: remove the checkpoint"
                 )
-            local = folder.joinpath(*parts)
-            local.parent.mkdir(parents=True, exist_ok=True)
-            source = self.path(CHECKPOINTS, str(step), name)
-            try:
-                self.fs.get_file(source, str(local))
-            except FileNotFoundError:
-                raise UserError(
-                    f"{source}: missing: remove the checkpoint to use another"
-                ) from None
-            if local.stat().st_size != size:
-                raise UserError(
-                    f"{source}: {local.stat().st_size} bytes, not {size}: remove the checkpoint to "
-                    "use another"
-                )
+        return sizes
 
-    def _listed(self, step: int) -> dict[str, int]:
-        """Names and sizes that the marker of a checkpoint lists."""
+    def _sizes_of(self, step: int) -> dict[str, int]:
         try:
             listed = json.loads(self.marker(step) or b"")["files"]
             if listed and all(isinstance(size, int) for size in listed.values()):
@@ -166,10 +207,12 @@ class Store:
         where = self.path(CHECKPOINTS, str(step), MARKER)
         raise UserError(f"{where}: lists no files: remove the checkpoint to use another")
 
-    def _unmark(self, step: int) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            if self.marker(step) is not None:
-                self.fs.rm_file(self.path(CHECKPOINTS, str(step), MARKER))
+
+def at_once(work: Callable[..., None], *items: Iterable[Any]) -> None:
+    """Does some work for each of the items, some at a time: a store answers late, not seldom."""
+    with ThreadPoolExecutor(IN_FLIGHT) as pool:
+        for _ in pool.map(work, *items):  # raises what one of them raised
+            pass
 
 
 def files(folder: Path) -> Iterator[Path]:
@@ -177,7 +220,7 @@ def files(folder: Path) -> Iterator[Path]:
     return (path for path in sorted(folder.rglob("*")) if path.is_file())
 
 
-def _sizes(checkpoint: Path) -> dict[str, int]:
+def sizes_in(checkpoint: Path) -> dict[str, int]:
     """Names and bytes of the files of a checkpoint; empty when it goes meanwhile."""
     try:
         return {f.relative_to(checkpoint).as_posix(): f.stat().st_size for f in files(checkpoint)}

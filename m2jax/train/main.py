@@ -13,6 +13,7 @@ import jax
 from jax.sharding import Mesh
 
 from m2jax.checkpoint.manager import Checkpoints
+from m2jax.checkpoint.parts import Parts, refuse_scores
 from m2jax.config import Experiment, UserError
 from m2jax.config_dual import Architecture, Dual
 from m2jax.data.loader import Loader, make_loader
@@ -55,14 +56,18 @@ def run(experiment: Experiment, workdir: str | os.PathLike[str]) -> int:
     Raises:
         UserError: anything in the config, the data or the directory that cannot work.
     """
-    with workdir_lib.opened(workdir) as directory:
+    with workdir_lib.opened(workdir) as (directory, parts):
+        if parts:
+            refuse_scores(experiment.eval, str(workdir))
         origin = origin_lib.adopt(experiment, directory) if experiment.finetune.init else None
         experiment = origin.experiment if origin else experiment
-        workdir_lib.prepare(directory, experiment)
-        return _run(experiment, directory, origin)
+        workdir_lib.prepare(directory, experiment, own=parts is not None)
+        return _run(experiment, directory, origin, parts)
 
 
-def _run(experiment: Experiment, directory: Path, origin: Origin | None) -> int:
+def _run(
+    experiment: Experiment, directory: Path, origin: Origin | None, parts: Parts | None
+) -> int:
     """The run inside its local folder."""
     goodput = Goodput(directory, writes=jax.process_index() == 0)
     profiler = Profiler(experiment.log.profile, directory)
@@ -70,7 +75,7 @@ def _run(experiment: Experiment, directory: Path, origin: Origin | None) -> int:
     loader = make_loader(experiment, mesh, origin.assets if origin else None)
     model = origin.model if origin else experiment.model
     task, step = assemble(experiment, mesh, model)
-    checkpoints = Checkpoints(directory, experiment, loader.assets, model)
+    checkpoints = Checkpoints(directory, experiment, loader.assets, model, parts)
     with Preemption() as preemption, Watchdog(experiment.train.stall_s) as watchdog:
         restored = checkpoints.restore(step.abstract_state)
         if restored is None:

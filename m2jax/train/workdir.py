@@ -9,6 +9,7 @@ import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -18,67 +19,85 @@ from m2jax import architectures
 from m2jax import config as config_lib
 from m2jax.checkpoint import remote
 from m2jax.checkpoint.manager import everyone
+from m2jax.checkpoint.parts import Parts
 from m2jax.config import Experiment, UserError
 from m2jax.data.stores import is_remote
 
 VISIBLE_AFTER_S = 60.0  # network file systems show another host's file this much later
+SHARED_AFTER_S = 5.0  # the same where it only decides who copies: a wrong answer does no harm
+
+
+class Opened(NamedTuple):
+    """Where a process runs."""
+
+    directory: Path  # holds what the run left; ``prepare`` makes it this run's
+    parts: Parts | None = None  # where each process has a folder of its own, copied to a store
 
 
 @contextlib.contextmanager
-def opened(workdir: str | os.PathLike[str]) -> Iterator[Path]:
+def opened(workdir: str | os.PathLike[str]) -> Iterator[Opened]:
     """The local folder to run in; a remote one is mirrored in the block.
 
-    It holds what the run left there, in every process; ``prepare`` makes it this run's.
+    Where all processes see one staging folder, the first copies it to the store; else each has one
+    and copies its part.
 
     Raises:
-        UserError: the store cannot be read or written; or the staging folder of a remote one is not
-            the same in every process.
+        UserError: the store cannot be read or written.
     """
     if not is_remote(workdir):
-        yield Path(workdir)
+        yield Opened(Path(workdir))
         return
-    directory = remote.staging(str(workdir))
-    if jax.process_index() == 0:
-        with remote.mirrored(str(workdir)):
-            _same_staging(directory, str(workdir))
-            yield directory
+    url = str(workdir)
+    directory = remote.staging(url)
+    if not _shared(directory):
+        own = directory.with_name(f"{directory.name}.part-{jax.process_index()}")
+        parts = Parts(url, own)
+        with parts.mirror():
+            yield Opened(own, parts)
+    elif jax.process_index() == 0:
+        with remote.mirrored(url):
+            everyone(True)  # what the store has is here
+            yield Opened(directory)
     else:
-        _same_staging(directory, str(workdir))
-        yield directory
+        everyone(True)
+        yield Opened(directory)
 
 
-def _same_staging(directory: Path, url: str) -> None:
-    """Refuses a staging folder that is another one in another process.
+def _shared(directory: Path) -> bool:
+    """Whether a staging folder is the same one in every process.
 
-    Processes write their part of a checkpoint into one folder, and the first joins the parts. What
-    an earlier run left may be anywhere, so a fresh number is looked for.
+    What an earlier run left may be anywhere, so a fresh number is looked for.
     """
+    if jax.process_count() == 1:
+        return True
     token = int(multihost_utils.broadcast_one_to_all(np.int32(random.getrandbits(31))))
-    sign = directory / f"same-{token}.tmp"  # not copied to the store
+    sign = directory.with_name(f"{directory.name}.same-{token}")
     if jax.process_index() == 0:
+        sign.parent.mkdir(parents=True, exist_ok=True)
         sign.write_text("")
     everyone(True)
-    fine = everyone(_appears(sign))
+    fine = everyone(_appears(sign, SHARED_AFTER_S))
     if jax.process_index() == 0:
         sign.unlink(missing_ok=True)
-    if not fine:
-        raise UserError(
-            f"--workdir {url}: {directory} is not the same folder in every process: set "
-            "M2JAX_STAGING to a folder on a file system that all hosts share"
-        )
+    return fine
 
 
-def prepare(workdir: Path, experiment: Experiment) -> Path:
+def prepare(workdir: Path, experiment: Experiment, *, own: bool = False) -> Path:
     """Makes the work directory, with ``config.json``; one that is there stays until ``record``.
+
+    Args:
+        workdir: the folder.
+        experiment: the run.
+        own: each process has a folder of its own.
 
     Raises:
         UserError: the directory cannot be made, belongs to another architecture, or is another
             folder in another process.
     """
-    if jax.process_index() == 0:
+    if own or jax.process_index() == 0:
         _make(workdir, experiment)
     everyone(True)  # the first process is through
-    if not everyone(_appears(workdir / "config.json")):
+    if not everyone(_appears(workdir / "config.json", VISIBLE_AFTER_S)):
         raise UserError(
             f"--workdir {workdir}: not the same folder in every process: put it on a file system "
             "that all hosts share"
@@ -123,9 +142,9 @@ def _same_architecture(file: Path, experiment: Experiment) -> None:
             )
 
 
-def _appears(file: Path) -> bool:
+def _appears(file: Path, within_s: float) -> bool:
     """Whether a file is there, or comes within the time that a network file system takes."""
-    deadline = time.monotonic() + VISIBLE_AFTER_S
+    deadline = time.monotonic() + within_s
     while not file.exists():
         if time.monotonic() > deadline:
             return False

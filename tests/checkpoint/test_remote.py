@@ -103,7 +103,7 @@ def test_a_file_cut_short_there_is_refused(tmp_path, url):
 @pytest.mark.parametrize("name", ["../../../config.json", "/tmp/x", "state//x", "state/./x"])
 def test_a_marker_that_names_files_elsewhere_is_refused(tmp_path, url, name):
     store = remote.Store(url)
-    store.push(local_run(tmp_path / "run") / "checkpoints" / "4")
+    store.mark(4, store.send(local_run(tmp_path / "run") / "checkpoints" / "4"))
     marker = json.dumps({"files": {name: 4}}).encode()
     store.fs.pipe_file(store.path("checkpoints", "4", "complete.json"), marker)
     (tmp_path / "a" / "b").mkdir(parents=True)

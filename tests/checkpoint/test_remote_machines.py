@@ -105,7 +105,7 @@ def test_logs_are_never_behind_a_complete_checkpoint(tmp_path, url, monkeypatch)
     store, folder = remote.Store(url), tmp_path / "run"
     save(folder, 100)
     (folder / "metrics.jsonl").write_text("to 100\n")
-    monkeypatch.setattr(store, "push", lambda _: pytest.fail("first the rows"))
+    monkeypatch.setattr(store, "send", lambda _: pytest.fail("first the rows"))
     with pytest.raises(BaseException, match="first the rows"):
         remote.Mirror(store, folder).sync()
     assert store.read("metrics.jsonl") == b"to 100\n"
@@ -177,8 +177,8 @@ def test_an_empty_or_partial_folder_is_no_checkpoint(tmp_path, url, capsys):
 def test_the_newest_checkpoint_goes_first(tmp_path, url, monkeypatch):
     store, folder, order = remote.Store(url), tmp_path / "run", []
     save(folder, 4, 8, 12)
-    real = store.push
-    monkeypatch.setattr(store, "push", lambda path: (order.append(path.name), real(path))[1])
+    real = store.send
+    monkeypatch.setattr(store, "send", lambda path: (order.append(path.name), real(path))[1])
     remote.Mirror(store, folder).sync()
     assert order == ["12", "8", "4"]
 

@@ -59,9 +59,18 @@ class Job:
 
 
 def launch(
-    workdir: Path, processes: int, devices: int, *overrides: str, faults: tuple[dict, ...] = ()
+    workdir: Path,
+    processes: int,
+    devices: int,
+    *overrides: str,
+    faults: tuple[dict, ...] = (),
+    store: str = "",
 ) -> Job:
-    """Starts ``m2jax train`` in ``processes`` processes of ``devices`` virtual CPU devices each."""
+    """Starts ``m2jax train`` in ``processes`` processes of ``devices`` virtual CPU devices each.
+
+    With ``store`` into that address: every process of every attempt stages in a new folder of its
+    own below ``workdir``, as on machines that come with empty disks.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -75,7 +84,7 @@ def launch(
     attempts = workdir / "attempts"
     attempt = len(attempts.read_bytes()) if attempts.exists() else 0
     attempts.write_bytes(b"." * (attempt + 1))
-    words = ["train", "--config", str(CONFIG), "--workdir", str(workdir)]
+    words = ["train", "--config", str(CONFIG), "--workdir", store or str(workdir)]
     words += [f"--config.mesh.cpu_devices={devices}", *(f"--config.{o}" for o in overrides)]
     job = Job([], [])
     for index in range(processes):
@@ -86,6 +95,9 @@ def launch(
             "JAX_PLATFORMS": "cpu",
             "PYTHONPATH": str(ROOT),
         }
+        if store:
+            staging = workdir / f"staging-{attempt}-{index}"
+            environ |= {"M2JAX_NOTES": str(workdir), "M2JAX_STAGING": str(staging)}
         if processes > 1:
             environ |= {"M2JAX_COORDINATOR": address, "M2JAX_PROCESS_ID": str(index)}
         log = workdir / f"output-{index}.txt"

@@ -1,52 +1,62 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two processes of a run on a store, each with a staging folder of its own: refused in one line."""
+"""Processes with no folder in common, on a store: each copies its part and takes it again."""
 
-import os
-import socket
-import subprocess
-import sys
+import json
 
 import pytest
 
-from tests.multiprocess.harness import LAUNCHERS, ROOT
+from m2jax.checkpoint.store import Store
+from tests import s3_server
+from tests.multiprocess import harness
 
-pytestmark = [pytest.mark.multiprocess, pytest.mark.soak]
-PROGRAM = """
-import sys
-import jax
-jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
-from m2jax.config import UserError
-from m2jax.train import workdir
-workdir.VISIBLE_AFTER_S = 2.0
-try:
-    with workdir.opened("memory://bucket/run"):
-        print("opened", flush=True)
-        workdir.everyone(True)
-except UserError as error:
-    print(error, flush=True)
-    workdir.everyone(True)
-"""
+pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
+SHARDED = "mesh.fsdp=4", "mesh.data=1"
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_staging_folders_of_two_processes(tmp_path, shared):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHERS)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, address, str(index)],
-            cwd=ROOT,
-            env=kept
-            | {"M2JAX_STAGING": str(tmp_path / ("one" if shared else str(index)))}
-            | {"JAX_PLATFORMS": "cpu"},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(2)
-    ]
-    said = [p.communicate(timeout=300)[0] for p in processes]
-    assert [p.returncode for p in processes] == [0, 0]
-    expected = "opened" if shared else "set M2JAX_STAGING to a folder on a file system that all"
-    assert all(expected in text for text in said), said
+def shards(folder):
+    """Names of the files below a checkpoint's folder that hold shards of arrays."""
+    found = (f for f in (folder / "state").rglob("*") if (f.parent / ".zarray").exists())
+    return {f"{f.parent.name}/{f.name}" for f in found if not f.name.startswith(".")}
+
+
+def staged(workdir, attempt, process, step):
+    """The folder in which a process of an attempt had its part of a checkpoint."""
+    (found,) = workdir.glob(f"staging-{attempt}-{process}/*.part-{process}/checkpoints/{step}")
+    return found
+
+
+def test_a_run_of_processes_that_share_no_folder(tmp_path, monkeypatch):
+    whole, cut, url = tmp_path / "whole", tmp_path / "cut", "s3://runs/parts"
+    assert harness.launch(whole, 2, 2, *SHARDED).wait() == [0, 0]
+
+    def go(processes, devices, *faults):
+        job = harness.launch(cut, processes, devices, *SHARDED, faults=faults, store=url)
+        codes = job.wait()
+        print("\n".join(job.output(index) for index in range(processes)))
+        return codes
+
+    with s3_server.serving(monkeypatch):
+        store = Store(url)
+        assert go(2, 2, {"kind": "term", "step": 6, "process": 1}) == [42, 42]
+        stopped = store.steps()[-1]  # a job that was told to end leaves all of it on the store
+        assert 6 <= stopped < 10
+        assert go(2, 2, {"kind": "kill", "step": 12}) == [-9, -9]
+        mine = [shards(staged(cut, 1, process, stopped)) for process in range(2)]
+        # What is not sharded is one file, 0.0 or so, in both; of the rest each took its part.
+        assert all(set(name.rpartition("/")[2]) <= {"0", "."} for name in mine[0] & mine[1])
+        assert len(mine[0] - mine[1]) == len(mine[1] - mine[0]) > 100
+        files = json.loads(store.marker(stopped))["files"]
+        assert {"/".join(n.split("/")[-2:]) for n in files} >= mine[0] | mine[1]
+        assert store.steps()[-1] >= stopped
+        assert go(2, 2, {"kind": "term", "step": 18, "process": 0}) == [42, 42]
+        kept = store.steps()  # checkpoint.keep, those of earlier machines removed
+        assert kept[:2] == [12, 16]
+        assert len(kept) == 3
+        assert go(1, 4) == [0]  # on one machine, from the parts of two
+        assert store.steps()[-2:] == [20, 24]
+        (cut / "metrics.jsonl").write_bytes(store.read("metrics.jsonl"))
+    expected, found = harness.losses(whole), harness.losses(cut)
+    assert found.keys() == expected.keys()
+    for step, figures in found.items():
+        assert figures == pytest.approx(expected[step], rel=0 if step <= kept[-1] else 1e-5)
+    assert harness.consecutive(harness.samples(cut))

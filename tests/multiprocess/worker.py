@@ -3,7 +3,8 @@
 
     python -m tests.multiprocess.worker train --config ... --workdir DIR
 
-Every batch that a step takes leaves its sample ids in ``DIR/ids-PROCESS.jsonl``, with the step:
+Every batch that a step takes leaves its sample ids in ``DIR/ids-PROCESS.jsonl``, with the step (for
+a run on a store in ``M2JAX_NOTES`` instead of ``DIR``):
 what the tests compare to find a sample that came twice or never. ``M2JAX_FAULT`` is a JSON list of
 faults (``Fault``).
 """
@@ -162,7 +163,7 @@ def install(workdir: Path) -> None:
 
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[sys.argv.index("--workdir") + 1])
+    folder = Path(os.environ.get("M2JAX_NOTES") or sys.argv[sys.argv.index("--workdir") + 1])
     folder.mkdir(parents=True, exist_ok=True)
     install(folder)
     sys.exit(m2jax_main(sys.argv[1:]))

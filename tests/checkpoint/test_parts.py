@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A checkpoint in parts is complete when every process has copied its own, and not before."""
+
+import itertools
+import json
+import uuid
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from m2jax.checkpoint import parts, remote
+from m2jax.config import UserError
+
+COMMON = ("state/_METADATA", "state/a/.zarray", "data/metadata", "bundle/metadata")
+
+
+@pytest.fixture
+def url():
+    """An address in memory."""
+    return f"memory://{uuid.uuid4().hex}/run"
+
+
+class Processes:
+    """Two processes of a run, each with a folder; one of them at a time is this one."""
+
+    def __init__(self, monkeypatch, tmp_path, url, attempt="one"):
+        self._patch, self.store = monkeypatch, remote.Store(url)
+        monkeypatch.setattr(jax, "process_count", lambda: 2)
+        self.folders = [tmp_path / f"{attempt}-{index}" for index in range(2)]
+        for folder in self.folders:
+            folder.mkdir()
+        self.mirrors = [parts.PartMirror(self.store, f, attempt) for f in self.folders]
+
+    def save(self, step):
+        """Each writes what is common, and a shard of its own."""
+        for index, folder in enumerate(self.folders):
+            for name in (*COMMON, f"state/a/{index}.0"):
+                file = folder / "checkpoints" / str(step) / name
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(b"x" * (step + index))
+
+    def sync(self, index):
+        """A pass of one of them."""
+        self._patch.setattr(jax, "process_index", lambda: index)
+        self.mirrors[index].sync()
+
+
+@pytest.mark.parametrize("order", [(0, 1, 0), (1, 0)])
+def test_the_last_part_makes_a_checkpoint_complete(monkeypatch, tmp_path, url, order):
+    run = Processes(monkeypatch, tmp_path, url)
+    run.save(4)
+    for index in order[:-1]:
+        run.sync(index)
+        assert run.store.steps() == []
+    run.sync(order[-1])
+    assert run.store.steps() == [4]
+    assert run.store.listed(4) == {
+        **dict.fromkeys(COMMON, 4),
+        "state/a/0.0": 4,
+        "state/a/1.0": 5,
+    }
+
+
+@pytest.mark.parametrize("broken", range(2))
+def test_a_part_that_fails_leaves_no_checkpoint(monkeypatch, tmp_path, url, broken):
+    run = Processes(monkeypatch, tmp_path, url)
+    run.save(4)
+    done, fs = [], run.store.fs
+
+    def failing(real):
+        def write(*args, **kwargs):
+            done.append(args)
+            if len(done) == broken + 1:
+                raise OSError("the connection broke")
+            return real(*args, **kwargs)
+
+        return write
+
+    with monkeypatch.context() as patch:
+        for name in ("put_file", "pipe_file"):
+            patch.setattr(fs, name, failing(getattr(fs, name)))
+        with pytest.raises(UserError, match="the connection broke"):
+            run.sync(1)
+    run.sync(0)
+    assert run.store.steps() == []
+    run.sync(1)
+    run.sync(0)
+    assert run.store.steps() == [4]
+
+
+def test_parts_of_another_attempt_do_not_count(monkeypatch, tmp_path, url):
+    before = Processes(monkeypatch, tmp_path, url, "before")
+    before.save(4)
+    before.sync(1)
+    now = Processes(monkeypatch, tmp_path, url, "now")
+    now.save(4)
+    now.sync(0)
+    assert now.store.steps() == []
+    now.sync(1)
+    now.sync(0)
+    assert now.store.steps() == [4]
+
+
+def test_a_step_made_again_waits_until_the_old_one_is_unmarked(monkeypatch, tmp_path, url):
+    before = Processes(monkeypatch, tmp_path, url, "before")
+    before.save(4)
+    for index in (1, 0):
+        before.sync(index)
+    old = before.store.marker(4)
+    now = Processes(monkeypatch, tmp_path, url, "now")
+    now.save(4)
+    (now.folders[1] / "checkpoints" / "4" / "state" / "a" / "1.0").write_bytes(b"another")
+    now.sync(1)
+    assert now.store.marker(4) == old  # and its files are still its own
+    assert now.store.fs.cat_file(now.store.path("checkpoints", "4", "state/a/1.0")) == b"x" * 5
+    for index in (0, 1, 0):
+        now.sync(index)
+    assert now.store.listed(4)["state/a/1.0"] == 7
+
+
+def test_what_a_run_keeps_no_longer_goes_there_too(monkeypatch, tmp_path, url):
+    run = Processes(monkeypatch, tmp_path, url)
+    for step in (4, 8):
+        run.save(step)
+    run.sync(1)
+    run.sync(0)
+    assert run.store.steps() == [4, 8]
+    for folder in run.folders:
+        for file in sorted((folder / "checkpoints" / "4").rglob("*"), reverse=True):
+            file.unlink() if file.is_file() else file.rmdir()
+        (folder / "checkpoints" / "4").rmdir()
+    run.sync(1)
+    run.sync(0)
+    assert run.store.folders() == [8]
+
+
+AXES = st.sampled_from([None, "x", "y", ("x", "y")])
+
+
+@given(
+    blocks=st.lists(st.sampled_from([1, 2, 3]), min_size=0, max_size=2),
+    specs=st.lists(AXES, min_size=2, max_size=2),
+    chunk=st.lists(st.sampled_from([1, 2, 3, 5]), min_size=2, max_size=2),
+    mine=st.integers(0, 7),
+)
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_a_process_takes_the_files_of_its_shards_and_no_others(
+    tmp_path_factory, monkeypatch, blocks, specs, chunk, mine
+):
+    specs = specs[: len(blocks)]
+    named = [axis for spec in specs if spec for axis in np.atleast_1d(spec)]
+    if len(set(named)) < len(named):
+        return  # an axis is used once
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("x", "y"))
+    shape = tuple(8 * block for block in blocks)
+    sharding = NamedSharding(mesh, PartitionSpec(*specs))
+    device = jax.devices()[mine]
+    place = sharding.devices_indices_map(shape)[device]
+
+    class Mine:
+        """A sharding of which this process holds one device."""
+
+        def addressable_devices_indices_map(self, _):
+            return {device: place}
+
+    folder = tmp_path_factory.mktemp("grid")
+    (folder / "state" / "a.b").mkdir(parents=True)
+    sides = chunk[: len(shape)]
+    described = {"shape": shape, "chunks": sides, "dimension_separator": "."}
+    (folder / "state" / "a.b" / ".zarray").write_text(json.dumps(described))
+    leaf = type("Leaf", (), {"shape": shape, "sharding": Mine()})()
+    found = parts.chunks(folder, {"state/a.b"}, {"a": {"b": leaf}})
+
+    taken = np.zeros(shape, bool)
+    taken[place] = True
+    expected = set()
+    grid = [range(-(-size // side)) for size, side in zip(shape, sides, strict=True)]
+    for number in itertools.product(*grid):
+        begin = [n * side for n, side in zip(number, sides, strict=True)]
+        here = tuple(slice(b, b + side) for b, side in zip(begin, sides, strict=True))
+        if taken[here].any():
+            expected.add(f"state/a.b/{'.'.join(map(str, number)) or '0'}")
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"shape": [4], "chunks": [0], "dimension_separator": "."}', "{" * 5000]
+)
+def test_a_damaged_description_is_one_line(tmp_path, text):
+    (tmp_path / "state" / "a").mkdir(parents=True)
+    (tmp_path / "state" / "a" / ".zarray").write_text(text)
+    leaf = jax.ShapeDtypeStruct(
+        (4,), np.float32, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    )
+    with pytest.raises(UserError, match="does not describe an array"):
+        parts.chunks(tmp_path, {"state/a"}, {"a": leaf})
