@@ -122,6 +122,17 @@ def test_a_step_made_again_waits_until_the_old_one_is_unmarked(monkeypatch, tmp_
     assert now.store.listed(4)["state/a/1.0"] == 7
 
 
+def test_a_part_that_goes_while_it_is_copied_is_none(monkeypatch, tmp_path, url):
+    run = Processes(monkeypatch, tmp_path, url)
+    run.save(4)
+    real, file = run.store.put, run.folders[1] / "checkpoints" / "4" / "state" / "a" / "1.0"
+    monkeypatch.setattr(run.store, "put", lambda *where: (file.unlink(), real(*where)))
+    run.sync(1)
+    monkeypatch.setattr(run.store, "put", real)
+    run.sync(0)
+    assert run.store.steps() == []
+
+
 def test_what_a_run_keeps_no_longer_goes_there_too(monkeypatch, tmp_path, url):
     run = Processes(monkeypatch, tmp_path, url)
     for step in (4, 8):
