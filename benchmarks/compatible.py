@@ -58,7 +58,7 @@ def config(row, seed, epochs):
     start = embedder.start_small(
         width=64, layers=2, heads=2, patch_size=8, height=SIZE, image_width=SIZE, tokens=1
     )
-    changes = {"gray": 0.5, "erase": 0.5, "flip": 0.5, "pad": 2}
+    changes = {"gray": 0.5, "flip": 0.5, "pad": 2}
     settings = Settings(
         tower=start.tower,
         pixels=start.pixels,

@@ -32,7 +32,7 @@ from m2jax.tasks.reid import evaluate, metrics, readers, train
 from m2jax.tasks.reid.dcformer import Settings
 
 SIZE = 32  # pixels
-CHANGES = {"gray": 0.5, "erase": 0.5, "flip": 0.5, "pad": 2}
+CHANGES = {"erase": 0.0, "gray": 0.5, "flip": 0.5, "pad": 2}
 BASE = {"tokens": 4}
 # By row: what differs from the base: of the tower (tokens), the loss, the recipe (batches).
 ROWS = {

@@ -210,20 +210,30 @@ def augment(
     """The published changes: a gray rectangle, mirroring, a shifted crop, one part erased."""
     keys = jax.random.split(rng, 5)
     count, height, width, _ = pixels.shape
-    gray = (pixels * jnp.asarray([0.299, 0.587, 0.114])).sum(-1, keepdims=True)
-    here = rectangles(keys[0], count, height, width, cfg.gray)[..., None]
-    pixels = jnp.where(here, gray, pixels)
-    mirrored = jax.random.bernoulli(keys[1], cfg.flip, (count, 1, 1, 1))
-    pixels = jnp.where(mirrored, pixels[:, :, ::-1], pixels)
-    around = ((0, 0), (cfg.pad, cfg.pad), (cfg.pad, cfg.pad), (0, 0))
-    shifts = jax.random.randint(keys[2], (count, 2), 0, 2 * cfg.pad + 1)
+    if cfg.gray:
+        gray = (pixels * jnp.asarray([0.299, 0.587, 0.114])).sum(-1, keepdims=True)
+        here = rectangles(keys[0], count, height, width, cfg.gray)[..., None]
+        pixels = jnp.where(here, gray, pixels)
+    if cfg.flip:
+        mirrored = jax.random.bernoulli(keys[1], cfg.flip, (count, 1, 1, 1))
+        pixels = jnp.where(mirrored, pixels[:, :, ::-1], pixels)
+    if cfg.pad:
+        pixels = _shifted(pixels, cfg.pad, keys[2])
+    if cfg.erase:
+        here = rectangles(keys[3], count, height, width, cfg.erase)[..., None]
+        pixels = jnp.where(here, jax.random.normal(keys[4], pixels.shape), pixels)
+    return pixels
+
+
+def _shifted(pixels: Float[Array, "n h w 3"], pad: int, rng: jax.Array) -> jax.Array:
+    """A random crop of the images with zeros around."""
+    count, height, width, _ = pixels.shape
+    shifts = jax.random.randint(rng, (count, 2), 0, 2 * pad + 1)
 
     def crop(image: jax.Array, shift: jax.Array) -> jax.Array:
         return jax.lax.dynamic_slice(image, (shift[0], shift[1], 0), (height, width, 3))
 
-    pixels = jax.vmap(crop)(jnp.pad(pixels, around), shifts)
-    here = rectangles(keys[3], count, height, width, cfg.erase)[..., None]
-    return jnp.where(here, jax.random.normal(keys[4], pixels.shape), pixels)
+    return jax.vmap(crop)(jnp.pad(pixels, ((0, 0), (pad, pad), (pad, pad), (0, 0))), shifts)
 
 
 def rectangles(rng: jax.Array, count: int, height: int, width: int, share: float) -> Array:
