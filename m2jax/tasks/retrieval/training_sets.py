@@ -56,7 +56,11 @@ def some_classes(data: Labelled, share: float) -> Labelled:
         raise UserError(f"--classes {share}: leaves {len(kept)} classes: raise it")
     rows = np.flatnonzero(np.isin(data.labels, kept))
     labels = np.searchsorted(kept, data.labels[rows])
-    return Labelled(Some(data.images, rows.tolist()), labels, [data.names[n] for n in kept])
+    if isinstance(data.images, Files):  # which vectors are found for by their paths
+        images = Files([data.images.paths[row] for row in rows.tolist()])
+    else:
+        images = Some(data.images, rows.tolist())
+    return Labelled(images, labels, [data.names[n] for n in kept])
 
 
 def stored_by(
