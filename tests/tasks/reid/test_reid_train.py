@@ -12,8 +12,10 @@ from flax import nnx
 from PIL import Image
 
 from m2jax import config, config_dual
+from m2jax.checkpoint import folder
 from m2jax.cli.main import main
 from m2jax.config import UserError
+from m2jax.data.image import Preprocess
 from m2jax.eval.sets.records import Made
 from m2jax.models import params as params_lib
 from m2jax.models.class_tokens import ClassTokenTower, from_vision_tower, tower_of
@@ -243,13 +245,13 @@ def test_side_information_reaches_the_features():
 
 def market(root):
     """Five identities by two cameras, in files."""
-    for folder, first, count in (("bounding_box_train", 1, 5), ("query", 11, 3)):
-        (root / folder).mkdir(parents=True)
-        part = split(colours(first, count))
-        for row in range(len(part.images)):
-            identity, camera = (int(each[row]) for each in part.labels)
+    for part, first, count in (("bounding_box_train", 1, 5), ("query", 11, 3)):
+        (root / part).mkdir(parents=True)
+        drawn = split(colours(first, count))
+        for row in range(len(drawn.images)):
+            identity, camera = (int(each[row]) for each in drawn.labels)
             name = f"{identity + first:04d}_c{camera + 1}s1_{row:06d}_00.png"
-            part.images.read(row).save(root / folder / name)
+            drawn.images.read(row).save(root / part / name)
     (root / "query").rename(root / "bounding_box_test")
     (root / "query").mkdir()
     for file in sorted((root / "bounding_box_test").glob("*c1s1*"))[::2]:
@@ -278,3 +280,45 @@ def test_the_verb(tmp_path, capsys):
     assert main([*words, "--batches", "all"]) == 2
     assert main([*words, "--p", "3"]) == 2
     assert "6 does not divide over 8 devices" in capsys.readouterr().err
+
+
+def model_folder(directory, cfg):
+    """A model of random weights, as m2jax convert leaves one."""
+    params = params_lib.initialise(cfg, jax.random.key(0))
+    side = cfg.vision.image_size if isinstance(cfg, config_dual.Dual) else cfg.image_size
+    preprocess = Preprocess(side).to_dict()
+    folder.write(directory, cfg, params, tokenizer=None, preprocess=preprocess)
+    return params
+
+
+def small(family):
+    sizes = {"width": 16, "heads": 2}
+    if family == "m2":
+        more = {"backbone_layers": 1, "vl_layers": 1, "out_dim": 8, "patch_size": 8}
+        text = {"vocab_size": 32, "max_text_len": 4, "text_positions": 6}
+        return config.resolve(config.Model(**sizes, **more, **text, image_size=16))
+    sizes |= {"layers": 1, "mlp_width": 32}
+    vision = config_dual.Vision(**sizes, image_size=16, patch_size=8)
+    text = config_dual.Text(**sizes, vocab_size=32, positions=4)
+    return config_dual.Dual(vision=vision, text=text, out_dim=8)
+
+
+@pytest.mark.parametrize("family", ["m2", "clip"])
+def test_a_model_folder_to_start_from(tmp_path, family):
+    cfg = small(family)
+    source = model_folder(tmp_path / "model", cfg)
+    start = embedder.start_from(
+        str(tmp_path / "model"), tokens=2, height=16, image_width=8, stride=(4, 4)
+    )
+    params = source["vision"] if family == "clip" else source
+    for one, other in zip(jax.tree.leaves(start.params), jax.tree.leaves(params), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert (start.tower.width, start.tower.stride) == (16, (4, 4))
+    mean = config_dual.Vision().mean if family == "clip" else (0.5, 0.5, 0.5)
+    assert start.pixels.mean == mean
+    settings = dataclasses.replace(PLAIN, tower=start.tower, mean=mean, std=start.pixels.std)
+    recipe = dataclasses.replace(SHORT, epochs=1, optimizer="sgd", learning_rate=1e-9)
+    made = train.train(data(), settings, recipe, tmp_path / "run", start=start.params, **QUIET)
+    embed = params["vision_embed"] if family == "m2" else params
+    np.testing.assert_allclose(made.params["tower"]["kernel"], embed["kernel"], atol=1e-5)
+    assert embedder.read(tmp_path / "run").pixels.mean == mean
