@@ -67,7 +67,9 @@ def run(args: argparse.Namespace) -> int:
     files.check_parent(args.out, "--out")
     items = image_files(args.images) if args.images else text_lines(args.texts)
     load_devices()
-    if args.images and embedder.is_folder(Path(args.model)):
+    if embedder.is_folder(Path(args.model)):
+        if args.texts:
+            raise UserError(f"--model {args.model}: embeds images alone: give --images")
         model = embedder.read(Path(args.model))
     else:
         model = bundle.load(args.model)

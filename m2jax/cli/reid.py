@@ -94,8 +94,10 @@ def run_train(args: argparse.Namespace) -> int:
     from m2jax.config import UserError
     from m2jax.dist.host import load_devices
     from m2jax.tasks import embedder
+    from m2jax.tasks.epochs import PreemptedError
     from m2jax.tasks.reid import readers, train
     from m2jax.tasks.reid.dcformer import Settings
+    from m2jax.train.main import PREEMPTED
 
     if not args.out.is_dir():
         check_absent(args.out)
@@ -132,7 +134,11 @@ def run_train(args: argparse.Namespace) -> int:
     )
     if min(args.diversity, args.scene_weight) < 0:
         raise UserError("--diversity, --scene-weight: must be 0 or more")
-    made = train.train(data, settings, recipe, args.out, start=start.params)
+    try:
+        made = train.train(data, settings, recipe, args.out, start=start.params)
+    except PreemptedError as told:
+        print(told)
+        return PREEMPTED
     print(
         f"{args.out}: {int(data.train.labels.identities.max()) + 1:,} identities, "
         f"{len(data.train.images):,} images, {made.report['steps']:,} steps in "

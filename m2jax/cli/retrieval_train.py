@@ -63,9 +63,11 @@ def run(args: argparse.Namespace) -> int:
     from m2jax.config import UserError
     from m2jax.dist.host import load_devices
     from m2jax.tasks import embedder
+    from m2jax.tasks.epochs import PreemptedError
     from m2jax.tasks.reid import readers
     from m2jax.tasks.retrieval import train_compatible, training_sets
     from m2jax.tasks.retrieval.compatible import METHODS, Settings
+    from m2jax.train.main import PREEMPTED
 
     if not args.out.is_dir():
         check_absent(args.out)
@@ -107,9 +109,13 @@ def run(args: argparse.Namespace) -> int:
         pixels=start.pixels,
         **{name: getattr(args, name) for name in ("method", "dim", "tau", "epochs", "flip", "pad")},
     )
-    made = train_compatible.train(
-        data, settings, recipe, args.out, stored=stored, start=start.params
-    )
+    try:
+        made = train_compatible.train(
+            data, settings, recipe, args.out, stored=stored, start=start.params
+        )
+    except PreemptedError as told:
+        print(told)
+        return PREEMPTED
     known = 0 if stored is None else stored.known
     print(
         f"{args.out}: {len(data.names):,} classes ({known:,} of the old model's), "

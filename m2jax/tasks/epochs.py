@@ -46,6 +46,10 @@ Order = Callable[[int, Params], Batches]  # epoch from 0, parameters as they are
 SETTINGS = "settings.json"
 
 
+class PreemptedError(UserError):
+    """A run was told to end: it saved and stopped before its last step."""
+
+
 class Pictures:
     """The source of an epoch: images of listed rows, with columns of numbers.
 
@@ -153,6 +157,7 @@ def train(run: Run, step: Step, begin: Callable[[], TrainState]) -> LoopResult:
 
     Raises:
         UserError: the folder is of a run with other settings, or cannot be written.
+        PreemptedError: see there.
     """
     _claim(run.directory, run.settings)
     goodput = Goodput(run.directory)
@@ -185,12 +190,17 @@ def train(run: Run, step: Step, begin: Callable[[], TrainState]) -> LoopResult:
         )
         goodput.book("init")
         try:
-            return loop.run(state)
+            result = loop.run(state)
         finally:
             profiler.close()
             run.loader.close()
             writer.close()
             checkpoints.close()
+    if result.preempted:
+        raise PreemptedError(
+            f"{run.directory}: told to end at step {result.steps}: start again to go on"
+        )
+    return result
 
 
 def _claim(directory: Path, settings: Mapping[str, Any]) -> None:

@@ -128,7 +128,8 @@ def train(
 
     Raises:
         UserError: settings that exclude each other, a batch that the devices do not divide,
-            another run's folder, or told to end before the last step (started again, it goes on).
+            or another run's folder.
+        PreemptedError: told to end before the last step; started again, it goes on.
     """
     labels = data.train.labels
     per_epoch = steps_per_epoch(labels.identities, recipe)
@@ -158,8 +159,6 @@ def train(
     settled = {"settings": asdict(settings), "recipe": asdict(recipe), "init": start is not None}
     run = Run(experiment, settled, loader, mesh, directory, show)
     result = epochs.train(run, step, step.init)
-    if result.preempted:
-        raise UserError(f"{directory}: told to end at step {result.steps}: start again to go on")
     report = {"seconds": result.seconds, "steps": result.steps, **settled}
     params = {"tower": jax.tree.map(np.asarray, result.state.params["tower"])}
     made = Embedder(tower=tower, pixels=pixels, params=params, report=report)

@@ -151,7 +151,8 @@ def train(
 
     Raises:
         UserError: settings that exclude each other, fewer images than a batch, a batch that the
-            devices do not divide, another run's folder, or told to end before the last step.
+            devices do not divide, or another run's folder.
+        PreemptedError: told to end before the last step; started again, it goes on.
     """
     batch, count = recipe.batch, len(data.labels)
     if batch > count:
@@ -185,8 +186,6 @@ def train(
     settled = {"settings": asdict(settings), "recipe": asdict(recipe), "init": start is not None}
     run = Run(experiment, settled, loader, mesh, directory, show)
     result = epochs.train(run, step, step.init)
-    if result.preempted:
-        raise UserError(f"{directory}: told to end at step {result.steps}: start again to go on")
     found = jax.tree.map(np.asarray, result.state.params)
     report = {"seconds": result.seconds, "steps": steps, "classes": data.names, **settled}
     made = Embedder(

@@ -259,7 +259,7 @@ def market(root):
     return root
 
 
-def test_the_verb(tmp_path, capsys):
+def test_the_verb(tmp_path, capsys, monkeypatch):
     """Market-1501's layout in, a model out, figures of it, and its features by m2jax embed."""
     root = market(tmp_path / "market")
     words = ["reid", "train", "--data", str(root), "--layout", "market1501"]
@@ -275,6 +275,16 @@ def test_the_verb(tmp_path, capsys):
     assert main(["embed", "--model", str(tmp_path / "run"), "--images", images, "--out", out]) == 0
     with np.load(out) as held:
         assert held["features"].shape == (3, 32)
+    (tmp_path / "t.txt").write_text("a bird")
+    texts = ["--texts", str(tmp_path / "t.txt")]
+    assert main(["embed", "--model", str(tmp_path / "run"), *texts, "--out", out]) == 2
+    assert "embeds images alone" in capsys.readouterr().err
+    again = [*words, "--out", str(tmp_path / "cut")]
+    with monkeypatch.context() as patch:
+        patch.setattr("m2jax.dist.preemption.Preemption.reached", lambda self, step: step == 1)
+        assert main(again) == 42
+    assert "told to end at step 1: start again" in capsys.readouterr().out
+    assert main(again) == 0
     assert main([*words, "--size", "16"]) == 2
     assert "write HxW" in capsys.readouterr().err
     assert main([*words, "--batches", "all"]) == 2
