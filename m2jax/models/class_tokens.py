@@ -65,7 +65,8 @@ class ClassTokenTower(nnx.Module):
     """
 
     def __init__(self, rngs: nnx.Rngs, cfg: ClassTokens):
-        if min(cfg.grid) < 1 or cfg.tokens < 1 or cfg.width % cfg.heads or min(cfg.stride) < 1:
+        sizes = (cfg.width, cfg.layers, cfg.heads, cfg.mlp_width, cfg.tokens, cfg.patch_size)
+        if min(*sizes, *cfg.stride) < 1 or min(cfg.grid) < 1 or cfg.width % cfg.heads:
             raise UserError(
                 f"class tokens: {cfg.tokens} tokens, {cfg.height} x {cfg.image_width} pixels, "
                 f"patches of {cfg.patch_size} every {cfg.stride}, width {cfg.width} in "

@@ -132,6 +132,8 @@ def train(
         PreemptedError: told to end before the last step; started again, it goes on.
     """
     labels = data.train.labels
+    if recipe.p > (count := len(np.unique(labels.identities))):
+        raise UserError(f"P={recipe.p}: the set has {count} identities: lower it")
     per_epoch = steps_per_epoch(labels.identities, recipe)
     steps = recipe.epochs * per_epoch
     settings = dataclasses.replace(

@@ -224,6 +224,8 @@ def test_folders_that_cannot_be(tmp_path):
     assert "not those of the sizes" in spoilt(tower={**card["tower"], "width": 16})
     assert "pixels are not the tower's" in spoilt(pixels={**card["pixels"], "height": 16})
     assert "no such key" in spoilt(tower={**card["tower"], "depth": 1})
+    assert "do not fit together" in spoilt(tower={**card["tower"], "heads": 0})
+    assert "do not fit together" in spoilt(tower={**card["tower"], "stride": [0, 8]})
     assert "activation" in spoilt(tower={**card["tower"], "activation": "relu"})
     assert "damaged" in spoilt(report=None)
     assert "another format" in spoilt(format=2)
@@ -285,6 +287,10 @@ def test_the_verb(tmp_path, capsys, monkeypatch):
         assert main(again) == 42
     assert "told to end at step 1: start again" in capsys.readouterr().out
     assert main(again) == 0
+    for more in (["--p", "8"], ["--heads", "0"]):
+        assert main([*words, *more, "--out", str(tmp_path / "never")]) == 2
+    assert not (tmp_path / "never").exists()
+    capsys.readouterr()
     assert main([*words, "--size", "16"]) == 2
     assert "write HxW" in capsys.readouterr().err
     assert main([*words, "--batches", "all"]) == 2
