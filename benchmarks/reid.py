@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What each part of the re-identification recipe brings, on emoji, several seeds per row.
 
-    python benchmarks/reid.py --out runs/reid [--rows ...] [--seeds 0 1 2] [--epochs 12] [--dry-run]
+    python benchmarks/reid.py --out runs/reid [--rows ...] [--seeds 0 1 2] [--epochs 24] [--dry-run]
 
 An identity is a concept, a camera a drawing style. All rows train the same small tower from
 nothing, as many steps on the same identities; one thing differs from "four tokens, SDC". Identities
@@ -178,7 +178,7 @@ def main():
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--epochs", type=int, default=24)
     parser.add_argument("--dry-run", action="store_true", help="only show what is there")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
