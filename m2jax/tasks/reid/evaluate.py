@@ -57,16 +57,16 @@ def evaluate(
     pairs = len(data.query.images) * len(data.gallery.images)
     if rerank and pairs > RERANKED:
         raise UserError(f"--rerank: {pairs:,} pairs are more than {RERANKED:,}: leave it out")
-    total, done = sum(len(side.images) for side in sides), 0
+    one = data.query is data.gallery  # of the emoji set
+    total, done = sum(len(side.images) for side in (sides[:1] if one else sides)), 0
     features: list[np.ndarray] = []
     for side in sides:
         before = done
-        same = data.query is data.gallery and features
 
         def heard(n: int, before: int = before) -> None:
             say(before + n, total)
 
-        features.append(features[0] if same else embed(model, side, batch, heard))
+        features.append(features[0] if one and features else embed(model, side, batch, heard))
         done += len(side.images)
     labels = data.query.labels, data.gallery.labels
     found = {"plain": _figures(metrics.evaluate(FeatureScores(features[0], features[1]), *labels))}
