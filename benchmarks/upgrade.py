@@ -108,43 +108,68 @@ class Searches:
         }
 
 
-def fill(uri, file, items):
-    """The backfill as a user starts it, in some 200 writes."""
-    words = [sys.executable, "-m", "m2jax", "retrieval", "index", "--uri", uri]
-    return subprocess.Popen(
-        [
-            *words,
-            "--features",
-            str(file),
-            "--version",
-            "new",
-            "--batch",
-            str(max(items // 200, 50)),
-        ],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+class Backfill:
+    """`m2jax retrieval index` as a user starts it, in some 200 writes; again when it ends early.
+
+    On a machine too busy for its own time limits the database refuses a write, and the command ends
+    with that error. Whoever runs it starts it again; so does this, and counts how often.
+    """
+
+    def __init__(self, uri, file, items, log):
+        batch = max(items // 200, 50)
+        words = [sys.executable, "-m", "m2jax", "retrieval", "index", "--uri", uri]
+        words += ["--features", str(file), "--version", "new", "--batch", str(batch)]
+        self.words, self.log, self.restarts = words, log, 0
+        self.start()
+
+    def start(self):
+        """In a process of its own; what it says goes to the log."""
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(self.words, stdout=log, stderr=log)
+
+    def running(self):
+        """Whether it has not ended; one that ended by an error is started again."""
+        if self.process.poll() is None:
+            return True
+        if self.process.returncode == 0:
+            return False
+        self.restarts += 1
+        if self.restarts > 50:
+            raise SystemExit(f"upgrade: the backfill does not go on: see {self.log}")
+        self.start()
+        return True
+
+    def kill(self):
+        """As a crash would."""
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
 
 
-def until(searches, process, count):
-    """Searches go on until so many items are new, or the backfill ends.
+def until(searches, backfill, count):
+    """Searches go on until so many items are new, or the backfill is done.
 
     Returns:
-        (answered, failed, new items, slowest answer in ms).
+        What happened meanwhile.
     """
     answered = failed = found = 0
     searches.seconds = []
-    while process.poll() is None:
-        for _ in range(3):
-            try:
-                searches.one((answered + failed) % len(searches.queries.ids))
-                answered += 1
-            except UserError:
-                failed += 1
+    while backfill.running():
+        try:
+            searches.one((answered + failed) % len(searches.queries.ids))
+            answered += 1
+        except UserError:
+            failed += 1
         found = searches.store.count("new")
         if found >= count:
             break
-    return answered, failed, found, 1000 * max(searches.seconds, default=0)
+    return {
+        "new_items": found,
+        "searches_answered": answered,
+        "searches_failed": failed,
+        "median_ms": 1000 * statistics.median(searches.seconds or [0]),
+        "slowest_ms": 1000 * max(searches.seconds, default=0),
+        "backfill_restarted": backfill.restarts,
+    }
 
 
 def drill(args):
@@ -169,33 +194,24 @@ def drill(args):
         searches = Searches(server.uri, queries)
         rows.append(searches.phase("before: all old"))
         print(json.dumps(rows[-1]), flush=True)
+        log = args.out / "backfill.log"
         for share, what in ((0.25, "backfill"), (0.5, "backfill"), (0.75, "server")):
-            process = fill(server.uri, file, args.items)
-            answered, failed, found, slowest = until(searches, process, share * args.items)
-            process.send_signal(signal.SIGKILL)
-            process.wait()
+            filling = Backfill(server.uri, file, args.items, log)
+            told = until(searches, filling, share * args.items)
+            filling.kill()
             if what == "server":
                 server.kill()
                 server.start()
                 searches = Searches(server.uri, queries)
             held = {"new": searches.store.count("new"), "all": searches.store.count()}
-            events.append(
-                {
-                    "event": f"{what} killed at {found} new items",
-                    "searches_answered": answered,
-                    "searches_failed": failed,
-                    "slowest_ms": slowest,
-                    "items_after": held,
-                }
-            )
+            events.append({"event": f"{what} killed", **told, "items_after": held})
             print(json.dumps(events[-1]), flush=True)
             rows.append(searches.phase(f"{held['new'] / args.items:.0%} new"))
             print(json.dumps(rows[-1]), flush=True)
-        process = fill(server.uri, file, args.items)
-        answered, failed, found, slowest = until(searches, process, args.items + 1)
-        code = process.wait()
-        done = {"event": f"backfill ended with {code}", "searches_answered": answered}
-        events.append({**done, "searches_failed": failed, "slowest_ms": slowest})
+        filling = Backfill(server.uri, file, args.items, log)
+        told = until(searches, filling, args.items + 1)
+        events.append({"event": f"backfill ended with {filling.process.wait()}", **told})
+        print(json.dumps(events[-1]), flush=True)
         rows.append(searches.phase("after: all new"))
         print(json.dumps(rows[-1]), flush=True)
         held, wanted = contents(searches.store), expected([(new, "new")])

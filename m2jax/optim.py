@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -32,6 +33,7 @@ class Optimizer(NamedTuple):
 _PLAIN_ENDINGS = (
     *("bias", "scale", "cls_token", "cls_tokens", "mask_token", "probe", "language_tags"),
     *("logit_scale", "logit_vl_scale", "logit_bias", "logit_vl_bias"),
+    *("elastic", "mean", "var"),  # AdvBCT's boundaries; running statistics, which no rule moves
 )
 _TABLES = (
     "text_embed",
@@ -92,6 +94,7 @@ def make_optimizer(
     *,
     frozen: Callable[[str], bool] = lambda name: False,
     scales: Mapping[str, Any] | None = None,
+    schedule: optax.Schedule | None = None,
 ) -> Optimizer:
     """The transformation of gradients into updates.
 
@@ -105,16 +108,82 @@ def make_optimizer(
         frozen: says by dotted name which parameters are left as they are.
         scales: factors on the whole update, decay included, by dotted name: layer-wise learning
             rates. An array broadcasts against its parameter.
+        schedule: in the place of the one that ``cfg`` describes.
     """
-    schedule = make_schedule(cfg, steps)
+    schedule = schedule or make_schedule(cfg, steps)
     clip = optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity()
     moving = optax.chain(clip, _rule(cfg, schedule), _scaled(scales))
+    return Optimizer(_but_frozen(moving, frozen), schedule)
+
+
+def _but_frozen(
+    moving: optax.GradientTransformation, frozen: Callable[[str], bool]
+) -> optax.GradientTransformation:
+    """A rule for all parameters but the frozen ones, which have no moments either."""
 
     def labels(params: Any) -> Any:
         return jax.tree.map(lambda g: FROZEN if g == FROZEN else "moving", groups(params, frozen))
 
-    transform = optax.partition({"moving": moving, FROZEN: optax.set_to_zero()}, labels)
-    return Optimizer(transform, schedule)
+    return optax.partition({"moving": moving, FROZEN: optax.set_to_zero()}, labels)
+
+
+def make_sgd(
+    schedule: optax.Schedule,
+    *,
+    weight_decay: float,
+    momentum: float = 0.9,
+    bias_factor: float = 1.0,
+    frozen: Callable[[str], bool] = lambda name: False,
+) -> Optimizer:
+    """SGD as PyTorch has it, which DC-Former and AdvBCT publish with.
+
+    Decay of all parameters, scales and biases too, is added to the gradient before the momentum.
+
+    Args:
+        schedule: step -> learning rate.
+        weight_decay: of every parameter.
+        momentum: share of the old direction that stays; it is not damped.
+        bias_factor: learning rate of biases / that of the rest (2 in DC-Former's code).
+        frozen: as of ``make_optimizer``.
+    """
+
+    def factors(updates: Any, _: Any) -> Any:
+        return _named(
+            lambda name, leaf: leaf * (bias_factor if name.endswith("bias") else 1.0), updates
+        )
+
+    moving = optax.chain(
+        optax.add_decayed_weights(weight_decay),
+        optax.trace(momentum),
+        optax.stateless(factors),
+        optax.scale_by_learning_rate(schedule),
+    )
+    return Optimizer(_but_frozen(moving, frozen), schedule)
+
+
+def transreid_rates(peak: float, epochs: int) -> list[float]:
+    """Learning rates of epochs 1 to E of TransReID, which DC-Former takes over.
+
+    Five epochs up from a hundredth of the peak, then half a cosine to 0.002 of it; its phase counts
+    from the first epoch, so the warm-up cuts its beginning off.
+    """
+
+    def rate(epoch: int) -> float:
+        if epoch < 5:
+            return 0.01 * peak + epoch * 0.99 * peak / 5
+        return 0.002 * peak + 0.5 * 0.998 * peak * (1 + math.cos(math.pi * epoch / epochs))
+
+    return [rate(epoch) for epoch in range(1, epochs + 1)]
+
+
+def by_epoch(rates: Sequence[float], steps: int) -> optax.Schedule:
+    """A schedule that holds a rate for an epoch of so many steps, the last one for good."""
+    table = jnp.asarray(rates)
+
+    def schedule(step: Any) -> Any:
+        return table[jnp.minimum(step // steps, len(rates) - 1)]
+
+    return schedule
 
 
 def _scaled(scales: Mapping[str, Any] | None) -> optax.GradientTransformation:

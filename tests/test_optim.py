@@ -2,6 +2,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from m2jax import optim
@@ -94,3 +95,42 @@ def test_schedules_follow_the_step_and_not_the_updates(name):
         np.testing.assert_allclose(b, a / 2, rtol=1e-5)  # half-way down
         assert a.any()
         assert not c.any()
+
+
+def test_sgd_is_that_of_torch():
+    """Decay joins the gradient before the momentum, of scales and biases too; biases run faster."""
+    rates = [0.1, 0.05, 0.05]
+    rule = optim.make_sgd(
+        optim.by_epoch(rates, 1),
+        weight_decay=0.2,
+        momentum=0.9,
+        bias_factor=2.0,
+        frozen=lambda name: name.startswith("still"),
+    )
+    rng = np.random.default_rng(0)
+    names = ("fc.kernel", "fc.bias", "norm.scale", "still.kernel")
+    params = {name: jnp.asarray(rng.normal(size=3), jnp.float32) for name in names}
+    wanted = {name: np.asarray(leaf, np.float64) for name, leaf in params.items()}
+    moments = {name: np.zeros(3) for name in names}
+    state = rule.transform.init(params)
+    for step in range(4):
+        grads = {name: rng.normal(size=3) for name in names}
+        state = optim.at_step(state, jnp.int32(step))
+        given = jax.tree.map(jnp.float32, grads)
+        updates, state = rule.transform.update(given, state, params)
+        params = optax.apply_updates(params, updates)
+        for name in names[:3]:
+            moments[name] = 0.9 * moments[name] + grads[name] + 0.2 * wanted[name]
+            rate = rates[min(step, 2)] * (2 if name == "fc.bias" else 1)
+            wanted[name] = wanted[name] - rate * moments[name]
+    for name in names:
+        np.testing.assert_allclose(params[name], wanted[name], rtol=1e-5, err_msg=name)
+
+
+def test_a_given_schedule_takes_the_place_of_the_configs():
+    params = {"fc.kernel": jnp.ones((2, 2))}
+    rule = optim.make_optimizer(
+        Optim(warmup_steps=5, weight_decay=0.0, clip_norm=0.0), 9, schedule=lambda step: 0.25
+    )
+    updates, _ = rule.transform.update(params, rule.transform.init(params), params)
+    np.testing.assert_allclose(updates["fc.kernel"], -0.25, rtol=1e-4)

@@ -56,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
     from m2jax import bundle
     from m2jax.config import UserError
     from m2jax.dist.host import load_devices
+    from m2jax.tasks import embedder
 
     if args.batch_size < 1:
         raise UserError(f"--batch-size {args.batch_size}: must be at least 1")
@@ -66,7 +67,12 @@ def run(args: argparse.Namespace) -> int:
     files.check_parent(args.out, "--out")
     items = image_files(args.images) if args.images else text_lines(args.texts)
     load_devices()
-    model = bundle.load(args.model)
+    if embedder.is_folder(Path(args.model)):
+        if args.texts:
+            raise UserError(f"--model {args.model}: embeds images alone: give --images")
+        model = embedder.read(Path(args.model))
+    else:
+        model = bundle.load(args.model)
     encode = _encode_images if args.images else _encode_texts
     size = min(args.batch_size, len(items))
     features = []

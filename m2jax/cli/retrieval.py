@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``m2jax retrieval``: a vector database of several model versions, and whether to upgrade."""
+"""``m2jax retrieval``: models whose vectors live together, their database, when to upgrade."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from m2jax.cli import files
+from m2jax.cli import files, retrieval_train
 
 NOT_SAFE = 5
 
 
 def add_parser(subparsers: Any) -> None:
-    """Declares the verb and its three parts."""
+    """Declares the verb and its parts."""
     parser = subparsers.add_parser(
-        "retrieval", help="index and search vectors; say whether an upgrade is safe"
+        "retrieval", help="train compatible models, index and search vectors, upgrade safely"
     )
     parts = parser.add_subparsers(dest="part", required=True, metavar="PART")
+    retrieval_train.add_parser(parts)
     index = parts.add_parser(
         "index",
         help="store features, or replace those of an older model",
@@ -70,7 +71,12 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs one part."""
-    parts = {"index": run_index, "search": run_search, "upgrade-report": run_report}
+    parts = {
+        "train-compatible": retrieval_train.run,
+        "index": run_index,
+        "search": run_search,
+        "upgrade-report": run_report,
+    }
     return parts[args.part](args)
 
 

@@ -178,6 +178,40 @@ class Encoder(nnx.Module):
         return layer
 
 
+class OneWay(nnx.Module):
+    """The A weights of an encoder alone, with its last norm: what images go through.
+
+    Args:
+        rngs: source of the initial values.
+        width: of the tokens.
+        heads: of attention.
+        depth: layers.
+        remat: what the backward pass recomputes.
+    """
+
+    def __init__(self, rngs: nnx.Rngs, *, width: int, heads: int, depth: int, remat: str = "none"):
+        cfg = config_lib.Model(width=width, heads=heads, init="scaled")
+        self.blocks = Block(rngs, cfg, depth)
+        self.norm = layers.LayerNorm(rngs, width)
+        self.remat = remat
+
+    def __call__(self, tokens: Float[Array, "batch length width"]) -> Float[Array, "b l w"]:
+        """Runs every layer and the norm."""
+        graph, state = nnx.split(self.blocks)
+
+        def layer(x: jax.Array, weights: nnx.State) -> jax.Array:
+            block = nnx.merge(graph, weights)
+            x = x + block.merge(layers.attention(*block.project(x)))
+            return x + block.feed_forward(x)
+
+        run = layers.rematerialise(layer, self.remat)
+
+        def body(x: jax.Array, weights: nnx.State) -> tuple[jax.Array, None]:
+            return constrain(run(x, weights), ("batch", None, None)), None
+
+        return self.norm(jax.lax.scan(body, tokens, state)[0])
+
+
 def _join(parts: list[jax.Array]) -> jax.Array:
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 

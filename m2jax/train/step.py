@@ -19,7 +19,7 @@ from m2jax.models import params as params_lib
 from m2jax.optim import Optimizer, at_step, make_optimizer, state_shardings
 from m2jax.train import state as state_lib
 from m2jax.train.state import TrainState
-from m2jax.train.task import Batch, Metrics, Task, TwoPartTask
+from m2jax.train.task import CARRIED, Batch, Metrics, Task, TwoPartTask
 
 Gradient = Callable[[params_lib.Params, Batch, jax.Array], Any]  # -> (loss, metrics), gradient
 
@@ -37,9 +37,21 @@ class Step(NamedTuple):
 
 
 def make_step(
-    experiment: Experiment, task: Task, mesh: Mesh, rules: AxisRules | None = None
+    experiment: Experiment,
+    task: Task,
+    mesh: Mesh,
+    rules: AxisRules | None = None,
+    *,
+    optimizer: Optimizer | None = None,
 ) -> Step:
     """Jits initialisation and step of a task with the places of every array fixed.
+
+    Args:
+        experiment: the run.
+        task: its objective.
+        mesh: its devices.
+        rules: from logical axes to those of the mesh.
+        optimizer: where it is not the one that ``experiment.optim`` describes.
 
     Raises:
         UserError: a parameter or the batch does not divide over the mesh, a form of attention that
@@ -48,7 +60,7 @@ def make_step(
     fused_attention.check(experiment.model.attention, mesh)
     rules = rules or AxisRules()
     decay = experiment.optim.layer_decay
-    optimizer = make_optimizer(
+    optimizer = optimizer or make_optimizer(
         experiment.optim,
         experiment.train.steps,
         frozen=task.frozen,
@@ -129,14 +141,15 @@ def update(
 ) -> tuple[TrainState, Metrics]:
     """One step, unjitted: gradient, guard, optimiser, projection, average."""
     rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-    (loss, metrics), grads = gradient(state.params, batch, rng)
+    (loss, told), grads = gradient(state.params, batch, rng)
+    metrics = {name: value for name, value in told.items() if name != CARRIED}
     norm = optax.tree.norm(grads)
     accepted = accept(experiment.train.guard, state, loss, norm)
 
     before = at_step(state.opt_state, state.step)
     updates, opt_state = optimizer.transform.update(grads, before, state.params)
     moved = cast(params_lib.Params, optax.apply_updates(state.params, updates))
-    params = task.after_update(moved)
+    params = {**task.after_update(moved), **told.get(CARRIED, {})}
     params, opt_state = jax.tree.map(
         lambda new, old: jnp.where(accepted, new, old),
         (params, opt_state),

@@ -12,7 +12,11 @@ from m2jax.models.params import Abstract, Params
 
 Batch = Mapping[str, jax.Array]
 Features = Mapping[str, jax.Array]  # floating point; first axis: rows, or rows x n
-Metrics = Mapping[str, jax.Array]  # scalars
+Metrics = Mapping[str, Any]  # scalar arrays; of a loss also CARRIED
+
+# A loss may tell new values of parameters that are no matter of gradients (running statistics):
+# under this name among its metrics, as a mapping to the top level of the tree. They must be frozen.
+CARRIED = "carried"
 
 
 @runtime_checkable  # the tests check types as they run

@@ -8,6 +8,7 @@ import pytest
 from m2jax.losses.compatible import unit
 from m2jax.losses.diversity import dcformer_loss, self_diverse
 from m2jax.losses.triplet import batch_hard
+from m2jax.optim import by_epoch, transreid_rates
 from m2jax.tasks.reid import samplers
 from tests.golden import fixtures
 
@@ -28,6 +29,10 @@ def is_total(file):
 
 def is_samplers(file):
     return {"counts", "hard_weight", "hard_anchor", "hard_pid_seq"} <= fixtures.keys(file)
+
+
+def is_rates(file):
+    return {"base_lr", "epochs", "lr"} <= fixtures.keys(file)
 
 
 def close(found, wanted):
@@ -121,3 +126,16 @@ def test_pk_keeps_the_published_invariants(case):
         )
         assert (left >= 0).all()
         assert (left > 0).sum() < p
+
+
+@pytest.mark.parametrize("case", fixtures.cases(AREA, "learning rates by epoch", is_rates))
+def test_rates(case):
+    """The published rates, and the schedule that a run steps through them with."""
+    golden = fixtures.arrays(case)
+    epochs = int(golden["epochs"])
+    rates = transreid_rates(float(golden["base_lr"]), epochs)
+    np.testing.assert_allclose(rates, golden["lr"], rtol=1e-9)
+    schedule = by_epoch(rates, 7)
+    found = [float(schedule(step)) for step in range(7 * epochs + 3)]
+    wanted = [*np.repeat(golden["lr"], 7), *[golden["lr"][-1]] * 3]
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)

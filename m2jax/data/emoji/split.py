@@ -15,7 +15,7 @@ VALIDATION_SHARE = 0.05  # of the training styles' drawings of seen concepts
 KEPT = 2  # other drawings a concept must keep in training when one of its is held out
 
 
-def _fraction(text: str) -> float:
+def fraction(text: str) -> float:
     """A fixed number in [0, 1) for a text."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
@@ -40,7 +40,7 @@ def mark_unseen(
     sizes = collections.Counter(c.group for c in concepts if c.id in in_training)
     unseen: set[int] = set()
     held: collections.Counter[int] = collections.Counter()
-    ordered = sorted(members.items(), key=lambda item: _fraction(f"unseen {item[0][1]}"))
+    ordered = sorted(members.items(), key=lambda item: fraction(f"unseen {item[0][1]}"))
     for (group, _), ids in ordered:
         if held[group] + len(ids) <= round(UNSEEN_SHARE * sizes[group]):
             unseen.update(ids)
@@ -61,7 +61,7 @@ def validation(
     for concept in concepts:
         left = list(styles.get(concept.id, ()))
         for style in tuple(left):
-            wanted = _fraction(f"validation {style} {concept.hexcode}") < VALIDATION_SHARE
+            wanted = fraction(f"validation {style} {concept.hexcode}") < VALIDATION_SHARE
             if wanted and len(left) > KEPT:
                 left.remove(style)
                 chosen.add((style, concept.id))

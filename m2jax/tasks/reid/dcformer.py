@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from m2jax.config import UserError
-from m2jax.losses.adversarial import scene_adversary
+from m2jax.losses.adversarial import reversal_ramp, scene_adversary
 from m2jax.losses.diversity import Parts, dcformer_loss
 from m2jax.models import layers
 from m2jax.models import params as params_lib
@@ -44,6 +44,7 @@ class Settings:
     scenes: str = "none"  # none | reversal | confusion: what takes cameras out of the features
     cameras: int = 0  # for scenes; the tower's side information counts its own
     scene_weight: float = 0.1
+    steps: int = 1  # of the run: over them the reversed gradient rises, as in AdvBCT
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # of RGB in [0, 1]
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
     erase: float = 0.5  # share of images with a rectangle of noise (random erasing)
@@ -84,7 +85,9 @@ class DCFormer(nnx.Module):
 
 
 class DCFormerTask:
-    """The objective; a batch has ``image`` uint8 [n, h, w, 3], ``identity`` and ``camera`` [n].
+    """The objective.
+
+    A batch has ``image`` uint8 [n, h, w, 3], and ``identity``, ``camera`` and ``step`` [n].
 
     Args:
         cfg: what is trained.
@@ -116,13 +119,14 @@ class DCFormerTask:
         return params
 
     def batch_spec(self, batch_size: int) -> Mapping[str, jax.ShapeDtypeStruct]:
-        """Images with who is on them and which camera took them."""
+        """Images with who is on them, which camera took them and where in the run that is."""
         shape = (batch_size, self.cfg.tower.height, self.cfg.tower.image_width, 3)
         whole = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
         return {
             "image": jax.ShapeDtypeStruct(shape, jnp.uint8),
             "identity": whole,
             "camera": whole,
+            "step": whole,  # the number of the batch in the run, n times
         }
 
     def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Metrics]:
@@ -152,6 +156,7 @@ class DCFormerTask:
             batch["camera"],
             form=self.cfg.scenes,
             weight=self.cfg.scene_weight,
+            alpha=reversal_ramp(batch["step"][0] / self.cfg.steps),
         )
         return parts.total + added, {**metrics, "loss/scene": told}
 
@@ -178,31 +183,57 @@ class DCFormerTask:
         raise UserError("optim.layer_decay: DC-Former has none: set it to 1")
 
 
+class Changes(Protocol):
+    """What ``augment`` looks at: shares of images and pixels, as of ``Settings``."""
+
+    @property
+    def gray(self) -> float: ...  # noqa: D102
+
+    @property
+    def flip(self) -> float: ...  # noqa: D102
+
+    @property
+    def pad(self) -> int: ...  # noqa: D102
+
+    @property
+    def erase(self) -> float: ...  # noqa: D102
+
+
 def normalised(images: jax.Array, cfg: Settings) -> Float[Array, "batch h w 3"]:
     """Pixels of uint8 images, standardised by the settings' mean and deviation."""
     return (images.astype(jnp.float32) / 255 - jnp.asarray(cfg.mean)) / jnp.asarray(cfg.std)
 
 
 def augment(
-    pixels: Float[Array, "batch h w 3"], cfg: Settings, rng: jax.Array
+    pixels: Float[Array, "batch h w 3"], cfg: Changes, rng: jax.Array
 ) -> Float[Array, "batch h w 3"]:
     """The published changes: a gray rectangle, mirroring, a shifted crop, one part erased."""
     keys = jax.random.split(rng, 5)
     count, height, width, _ = pixels.shape
-    gray = (pixels * jnp.asarray([0.299, 0.587, 0.114])).sum(-1, keepdims=True)
-    here = rectangles(keys[0], count, height, width, cfg.gray)[..., None]
-    pixels = jnp.where(here, gray, pixels)
-    mirrored = jax.random.bernoulli(keys[1], cfg.flip, (count, 1, 1, 1))
-    pixels = jnp.where(mirrored, pixels[:, :, ::-1], pixels)
-    around = ((0, 0), (cfg.pad, cfg.pad), (cfg.pad, cfg.pad), (0, 0))
-    shifts = jax.random.randint(keys[2], (count, 2), 0, 2 * cfg.pad + 1)
+    if cfg.gray:
+        gray = (pixels * jnp.asarray([0.299, 0.587, 0.114])).sum(-1, keepdims=True)
+        here = rectangles(keys[0], count, height, width, cfg.gray)[..., None]
+        pixels = jnp.where(here, gray, pixels)
+    if cfg.flip:
+        mirrored = jax.random.bernoulli(keys[1], cfg.flip, (count, 1, 1, 1))
+        pixels = jnp.where(mirrored, pixels[:, :, ::-1], pixels)
+    if cfg.pad:
+        pixels = _shifted(pixels, cfg.pad, keys[2])
+    if cfg.erase:
+        here = rectangles(keys[3], count, height, width, cfg.erase)[..., None]
+        pixels = jnp.where(here, jax.random.normal(keys[4], pixels.shape), pixels)
+    return pixels
+
+
+def _shifted(pixels: Float[Array, "n h w 3"], pad: int, rng: jax.Array) -> jax.Array:
+    """A random crop of the images with zeros around."""
+    count, height, width, _ = pixels.shape
+    shifts = jax.random.randint(rng, (count, 2), 0, 2 * pad + 1)
 
     def crop(image: jax.Array, shift: jax.Array) -> jax.Array:
         return jax.lax.dynamic_slice(image, (shift[0], shift[1], 0), (height, width, 3))
 
-    pixels = jax.vmap(crop)(jnp.pad(pixels, around), shifts)
-    here = rectangles(keys[3], count, height, width, cfg.erase)[..., None]
-    return jnp.where(here, jax.random.normal(keys[4], pixels.shape), pixels)
+    return jax.vmap(crop)(jnp.pad(pixels, ((0, 0), (pad, pad), (pad, pad), (0, 0))), shifts)
 
 
 def rectangles(rng: jax.Array, count: int, height: int, width: int, share: float) -> Array:

@@ -4,18 +4,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
 from m2jax.config import UserError
-from m2jax.data.image import open_image
+from m2jax.tasks.embedder import Embedder
 from m2jax.tasks.ranking import FeatureScores, MatrixScores
 from m2jax.tasks.reid import metrics
-from m2jax.tasks.reid.readers import ReidSet
+from m2jax.tasks.reid.readers import ReidSet, Split
 from m2jax.tasks.reid.rerank import rerank as rerank_distances
 
 RANKS = (1, 5, 10)
@@ -23,19 +22,19 @@ RERANKED = 2 * 10**9  # pairs; their distances are held at once, 8 GB
 
 
 class Encoder(Protocol):
-    """What ``m2jax.load`` gives."""
+    """What ``m2jax.load`` gives, or an embedder; one of those may take cameras too."""
 
     def preprocess(self, images: Sequence[Image.Image]) -> np.ndarray:
         """Pixels."""
         ...
 
-    def encode_image(self, pixels: np.ndarray) -> object:
+    def encode_image(self, pixels: np.ndarray) -> Any:
         """Features [n, dim] of pixels."""
         ...
 
 
 def evaluate(
-    model: Encoder,
+    model: Encoder | Embedder,
     data: ReidSet,
     *,
     batch: int = 64,
@@ -45,7 +44,7 @@ def evaluate(
     """Figures by name: ``plain``, and ``reranked`` if asked for; shares between 0 and 1.
 
     Args:
-        model: a bundle.
+        model: a bundle or an embedder.
         data: its query and gallery are embedded.
         batch: images at once.
         rerank: k-reciprocal re-ranking too.
@@ -55,19 +54,22 @@ def evaluate(
         UserError: a picture cannot be read, no query has a match, or too many to re-rank.
     """
     sides = data.query, data.gallery
-    pairs = len(data.query.files) * len(data.gallery.files)
+    pairs = len(data.query.images) * len(data.gallery.images)
     if rerank and pairs > RERANKED:
         raise UserError(f"--rerank: {pairs:,} pairs are more than {RERANKED:,}: leave it out")
-    total, done = sum(len(side.files) for side in sides), 0
-    features = []
+    one = data.query is data.gallery  # of the emoji set
+    total, done = sum(len(side.images) for side in (sides[:1] if one else sides)), 0
+    features: list[np.ndarray] = []
     for side in sides:
         before = done
-        features.append(
-            embed(model, side.files, batch, lambda n, before=before: say(before + n, total))
-        )
-        done += len(side.files)
+
+        def heard(n: int, before: int = before) -> None:
+            say(before + n, total)
+
+        features.append(features[0] if one and features else embed(model, side, batch, heard))
+        done += len(side.images)
     labels = data.query.labels, data.gallery.labels
-    found = {"plain": _figures(metrics.evaluate(FeatureScores(*features), *labels))}
+    found = {"plain": _figures(metrics.evaluate(FeatureScores(features[0], features[1]), *labels))}
     if rerank:
         unit = [x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in features]
         distances = rerank_distances(unit[0], unit[1])
@@ -76,16 +78,20 @@ def evaluate(
 
 
 def embed(
-    model: Encoder, pictures: Sequence[Path], batch: int, say: Callable[[int], None]
+    model: Encoder | Embedder, side: Split, batch: int, say: Callable[[int], None]
 ) -> Float[np.ndarray, "images dim"]:
-    """Features of pictures, in batches of one shape."""
-    found, batch = [], min(batch, len(pictures))
-    for first in range(0, len(pictures), batch):
-        part = list(pictures[first : first + batch])
-        full = part + part[-1:] * (batch - len(part))
-        pixels = model.preprocess([open_image(path) for path in full])
-        found.append(np.asarray(model.encode_image(pixels), np.float32)[: len(part)])
-        say(first + len(part))
+    """Features of a split's pictures in batches of one shape, with cameras if they are taken."""
+    count, found = len(side.images), []
+    batch = min(batch, count)
+    for first in range(0, count, batch):
+        rows = np.minimum(np.arange(first, first + batch), count - 1)  # one shape to the end
+        pixels = model.preprocess([side.images.read(int(row)) for row in rows])
+        if isinstance(model, Embedder) and model.cameras:
+            made = model.encode_image(pixels, side.labels.cameras[rows])
+        else:
+            made = model.encode_image(pixels)
+        found.append(np.asarray(made, np.float32)[: count - first])
+        say(min(first + batch, count))
     return np.concatenate(found)
 
 

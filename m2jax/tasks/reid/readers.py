@@ -9,6 +9,9 @@ distractors, which stay in the gallery. CUHK03 (Li et al. 2014) in the new proto
 ``list_gallery.txt`` of lines "0000/0000_000_01_0303morning_0015_0.jpg 0", camera in the third part;
 train and val are trained on together, as DC-Former does.
 
+The emoji set (``data.emoji.identities``) stands beside them: its test identities are looked for in
+the styles of training, or in two new ones; every drawing is query and gallery.
+
 Cameras are numbered from 0. Identities of the training split are numbered from 0 without gaps;
 those of query and gallery keep their numbers.
 """
@@ -21,8 +24,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from m2jax.config import UserError
+from m2jax.data import emoji
+from m2jax.data.emoji.identities import Seen, identities
+from m2jax.eval.sets.records import Files, Images, Made
 from m2jax.tasks.reid.metrics import Labels
 
 BOXES = ("bounding_box_train", "query", "bounding_box_test")
@@ -35,8 +42,13 @@ JUNK = -1
 class Split(NamedTuple):
     """Images of one split."""
 
-    files: list[Path]
+    images: Images
     labels: Labels
+
+    @property
+    def files(self) -> list[Path]:
+        """Of a set that lies in files."""
+        return list(self.images.paths) if isinstance(self.images, Files) else []
 
 
 class ReidSet(NamedTuple):
@@ -157,7 +169,43 @@ def _assembled(parts: Sequence[list[_Image]], root: Path) -> ReidSet:
 def _split(images: Sequence[_Image], number: Callable[[int], int]) -> Split:
     identities = np.array([number(image.identity) for image in images], np.int64)
     cameras = np.array([image.camera for image in images], np.int64)
-    return Split([image.file for image in images], Labels(identities, cameras))
+    return Split(Files([image.file for image in images]), Labels(identities, cameras))
+
+
+def emoji_set(part: str, *, size: int = 64) -> ReidSet:
+    """Concepts as identities and drawing styles as cameras; test in ``known`` or ``new`` styles.
+
+    Raises:
+        UserError: an unknown part or a size that does not divide 64.
+    """
+    data = emoji.load()
+    train, test = (identities(data, name, size=size) for name in ("train", part))
+    names = {old: new for new, old in enumerate(np.unique(train.identities).tolist())}
+    numbers = np.array([names[int(each)] for each in train.identities], np.int64)
+    side = _drawn(test)
+    return ReidSet(_drawn(train._replace(identities=numbers)), side, side)
+
+
+def _drawn(seen: Seen) -> Split:
+    images = Made(len(seen.images), lambda row: Image.fromarray(seen.images[row]))
+    return Split(images, Labels(seen.identities, seen.cameras))
 
 
 READERS = {"market1501": market1501, "cuhk03": cuhk03, "msmt17": msmt17}
+EMOJI = {"emoji": "known", "emoji-new-styles": "new"}  # need no folder
+LAYOUTS = (*READERS, *EMOJI)
+
+
+def read(layout: str, root: Path | None) -> ReidSet:
+    """A data set by the name of its layout.
+
+    Raises:
+        UserError: an unknown layout, no folder where it needs one; as the readers.
+    """
+    if layout in EMOJI:
+        return emoji_set(EMOJI[layout])
+    if layout not in READERS:
+        raise UserError(f"--layout {layout}: use one of {', '.join(LAYOUTS)}")
+    if root is None:
+        raise UserError(f"--layout {layout}: name the unpacked set with --data DIR")
+    return READERS[layout](root)

@@ -33,7 +33,7 @@ TOWER = ClassTokens(
     patch_size=4,
     stride=(4, 2),
 )
-PLAIN = Settings(tower=TOWER, identities=4, erase=0.0, gray=0.0, flip=0.0, pad=0)
+PLAIN = Settings(tower=TOWER, identities=4, steps=10, erase=0.0, gray=0.0, flip=0.0, pad=0)
 
 
 def batch(n=16, seed=0):
@@ -45,6 +45,7 @@ def batch(n=16, seed=0):
     image = colours[identity] + 20 * camera[:, None, None, None]
     image = image + rng.integers(0, 20, (n, 16, 8, 3))
     found = {"image": image.astype(np.uint8), "identity": identity, "camera": camera}
+    found["step"] = np.full(n, 5)  # of 10 in PLAIN: the reversed gradient is at 0.987
     return {name: jnp.asarray(value) for name, value in found.items()}
 
 
@@ -97,6 +98,29 @@ def test_scenes_come_out_of_the_features_alone(form):
     np.testing.assert_allclose(*told, atol=1e-5)
     towers = [params_lib.flatten(g["tower"])["cls_tokens"] for g in grads]
     assert np.abs(towers[0] - towers[1]).max() > 1e-4
+
+
+def test_the_reversed_gradient_rises_over_the_run():
+    """Nothing at the first step, and as much more at a later one as AdvBCT's ramp says."""
+    cfg = dataclasses.replace(PLAIN, scenes="reversal", cameras=2, scene_weight=5.0)
+    made = [DCFormerTask(dataclasses.replace(cfg, scene_weight=w)) for w in (0.0, 5.0)]
+    params = made[0].init(jax.random.key(0))
+    shape = params["scene"]["kernel"].shape
+    params["scene"]["kernel"] = jax.random.normal(jax.random.key(1), shape)
+
+    def felt(step):
+        given = batch() | {"step": jnp.full(16, step)}
+        grads = [
+            jax.grad(lambda p, task=task: task.loss(p, given, jax.random.key(2))[0])(params)
+            for task in made
+        ]
+        first, second = (np.asarray(grad["tower"]["cls_tokens"]) for grad in grads)
+        return second - first
+
+    early, late = felt(1), felt(8)
+    assert np.abs(felt(0)).max() < 1e-6
+    ramp = [2 / (1 + np.exp(-10 * step / 10)) - 1 for step in (1, 8)]
+    np.testing.assert_allclose(early, late * ramp[0] / ramp[1], rtol=1e-3, atol=1e-5)
 
 
 def test_settings_that_exclude_each_other():

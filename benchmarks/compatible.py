@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a new model can search an old one's vectors, by how it was trained, on emoji.
+
+    python benchmarks/compatible.py --out runs/compatible [--rows ...] [--seeds 0 1 2]
+                                    [--epochs 16] [--dry-run]
+
+The old model is trained on a share of the classes (concepts), the new ones on all, with the same
+small tower from nothing, as many epochs; a seed has one old model. mAP in per cent over drawings of
+concepts that nobody was trained on, in the styles of training (known) and in two new ones (new):
+each drawing is a query, those of its own style with its concept are left out. "self": new queries,
+new gallery; "cross": new queries, old gallery. An upgrade is compatible where cross is above the
+old model's self. P_up, P_comp and P_1 are those of m2jax retrieval upgrade-report over both sets,
+against the row "alone". The row "chance" has random vectors.
+
+A finished row leaves a file named by the code of m2jax/ and the config, and is not made again; one
+that was cut off goes on from its checkpoint.
+"""
+
+import argparse
+import hashlib
+import json
+import shutil
+import statistics
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from code_tree import tree
+
+from m2jax.config import UserError
+from m2jax.tasks import embedder
+from m2jax.tasks.ranking import FeatureScores
+from m2jax.tasks.reid import evaluate, metrics, readers
+from m2jax.tasks.retrieval import train_compatible, training_sets
+from m2jax.tasks.retrieval.compatibility import Measured, compatibility
+from m2jax.tasks.retrieval.compatible import Settings
+from m2jax.tasks.retrieval.train_compatible import Labelled, Recipe
+
+SIZE = 32  # pixels
+SHARE = 0.4  # of the classes, that the old model knows
+PARTS = ("known", "new")
+ROWS = {  # by row: method
+    "chance": "",
+    "old": "none",
+    "alone": "none",
+    "AdvBCT": "advbct",
+    "BCT": "bct",
+    "UniBCT": "unibct",
+    "LCE": "lce",
+    "Hot-refresh": "hot-refresh",
+}
+COLUMNS = [f"{part} {test}" for part in PARTS for test in ("self", "cross", "old self")]
+COLUMNS += ["P_up", "P_comp", "P_1", "seconds"]
+
+
+def config(row, seed, epochs):
+    """Settings and recipe of a row."""
+    start = embedder.start_small(
+        width=64, layers=2, heads=2, patch_size=8, height=SIZE, image_width=SIZE, tokens=1
+    )
+    changes = {"gray": 0.5, "flip": 0.5, "pad": 2}
+    settings = Settings(
+        tower=start.tower,
+        pixels=start.pixels,
+        method=ROWS[row],
+        dim=64,
+        epochs=epochs,
+        **changes,
+    )
+    return settings, Recipe(batch=128, optimizer="adamw", learning_rate=2e-3, seed=seed)
+
+
+class Bench:
+    """The rows under one folder."""
+
+    def __init__(self, out, epochs, dry):
+        self.out, self.epochs, self.dry, self.tree = out, epochs, dry, tree()
+        self.sets = {}
+
+    def data(self):
+        """Test parts and the training set, read once."""
+        if not self.sets:
+            self.sets = {part: readers.emoji_set(part, size=SIZE) for part in PARTS}
+        train = self.sets["known"].train
+        labels = train.labels.identities
+        names = [str(n) for n in range(int(labels.max()) + 1)]
+        return Labelled(train.images, labels, names)
+
+    def model(self, row, seed, file):
+        """Trained, or read where it was."""
+        folder = self.out / "runs" / file.stem
+        if embedder.is_folder(folder):
+            return embedder.read(folder)
+        settings, recipe = config(row, seed, self.epochs)
+        data, stored = self.data(), None
+        if row == "old":
+            data = training_sets.some_classes(data, SHARE)
+        elif row != "alone":
+            old = self.model("old", seed, self.file("old", seed))
+            data, stored = training_sets.stored_by(old, data, batch=256)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        made = train_compatible.train(data, settings, recipe, folder, stored=stored, show=False)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        return made
+
+    def vectors(self, row, seed, part):
+        """Of a test part's drawings."""
+        side = self.sets[part].query
+        if row == "chance":
+            return np.random.default_rng(seed).normal(size=(len(side.images), 64))
+        model = self.model(row, seed, self.file(row, seed))
+        return evaluate.embed(model, side, 256, lambda _: None)
+
+    def make(self, row, seed):
+        """The figures of a row, in per cent."""
+        self.data()
+        found, measured = {}, {}
+        for part in PARTS:
+            labels = self.sets[part].query.labels
+            new, old = (self.vectors(each, seed, part) for each in (row, "old"))
+
+            def score(queries, gallery, labels=labels):
+                scores = FeatureScores(unit(queries), unit(gallery))
+                return metrics.evaluate(scores, labels, labels).mean_ap
+
+            each = {"self": score(new, new), "cross": score(new, old), "old self": score(old, old)}
+            found |= {f"{part} {name}": 100 * value for name, value in each.items()}
+            if row not in ("old", "chance"):
+                alone = self.vectors("alone", seed, part)
+                measured[part] = Measured(
+                    each["old self"], each["self"], each["cross"], score(alone, alone)
+                )
+        if measured:
+            try:
+                scores = compatibility(measured)
+                found |= {"P_up": scores.p_up, "P_comp": scores.p_comp, "P_1": scores.p_1}
+            except UserError as error:  # trained alone no better than the old one
+                found["no scores"] = str(error)
+        if row != "chance":
+            report = self.model(row, seed, self.file(row, seed)).report
+            found["seconds"] = report["seconds"]
+        return found
+
+    def file(self, row, seed):
+        """Of the row's figures."""
+        settings, recipe = config(row, seed, self.epochs)
+        made = [row, SHARE, asdict(settings), asdict(recipe)]
+        code = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:10]
+        return self.out / f"{self.tree}-{code}.json"
+
+    def figures(self, row, seed):
+        """The row's figures; made if they are not there."""
+        file = self.file(row, seed)
+        if file.exists():
+            return json.loads(file.read_text())
+        if self.dry:
+            return None
+        found = {"row": row, "seed": seed, **self.make(row, seed)}
+        temporary = file.with_suffix(".tmp")
+        temporary.write_text(json.dumps(found, indent=1) + "\n")
+        temporary.rename(file)
+        return found
+
+
+def unit(x):
+    """Rows of unit length."""
+    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+
+
+def table(found):
+    """Mean and standard deviation over the seeds that are there."""
+    lines = [f"| row | seeds | {' | '.join(COLUMNS)} |", f"|{'---|' * (len(COLUMNS) + 2)}"]
+    for row, there in found.items():
+        cells = []
+        for name in COLUMNS:
+            values = [each[name] for each in there if name in each]
+            spread = f" ± {statistics.stdev(values):.1f}" if len(set(values)) > 1 else ""
+            cells.append(f"{statistics.fmean(values):.1f}{spread}" if values else "")
+        lines.append(f"| {row} | {len(there)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main():
+    """Makes what is missing, seed by seed, so that a cut table still compares all rows."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--epochs", type=int, default=16)
+    parser.add_argument("--dry-run", action="store_true", help="only show what is there")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    bench = Bench(args.out.absolute(), args.epochs, args.dry_run)
+    found = {row: [] for row in args.rows}
+    for seed in args.seeds:
+        for row in args.rows:
+            figures = bench.figures(row, seed)
+            if figures is not None:
+                found[row].append(figures)
+                print(row, seed, {k: round(figures.get(k, 0), 1) for k in COLUMNS}, flush=True)
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()
