@@ -16,14 +16,12 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from m2jax.tasks.video import decode, encode, simulate
-from m2jax.tasks.video.examples import Corpus
+from m2jax.tasks.video import decode, edited, encode
 
 RATE = 4.0  # frames per second
 FRAMES = 128  # of a clip, at most
 SIZE = (96, 72)
 THUMB = (12, 9)
-HOST = 64  # frames of a query that are nobody's copy, at most
 SEEN = ("crop", "letterbox", "logo", "colour", "blur", "speed", "insertion")
 HELD_OUT = ("flip", "text", "picture-in-picture", "reordering", "re-encode")
 
@@ -146,36 +144,16 @@ def corpus(clips, kinds, count, seed, features, folder):
         features: of frames.
         folder: for files that are encoded.
     """
+
+    def encoded(frames, factor):
+        if not factor:
+            return features(frames)
+        file = folder / "query.mp4"
+        encode.write(file, frames, RATE, factor=factor)
+        again = np.stack([np.asarray(image) for image in decode.frames(file, RATE)])
+        if len(again) != len(frames):
+            raise SystemExit(f"re-encoded: {len(again)} frames of {len(frames)}")
+        return features(again)
+
     rng = np.random.default_rng(seed)
-    names = sorted(clips)
-    known = {name: features(clips[name]) for name in names}
-    pairs, boxes = [], []
-    for number in range(count):
-        host, one, other = rng.choice(names, 3, replace=False)
-        chosen = rng.choice(kinds, int(rng.integers(1, 3)), replace=False)
-        start = int(rng.integers(0, max(1, len(clips[host]) - HOST + 1)))
-        made = simulate.simulate(
-            clips[host][start : start + HOST],
-            {one: clips[one], other: clips[other]},
-            chosen.tolist(),
-            rng,
-        )
-        frames = made.frames
-        if made.reencode:
-            file = folder / "query.mp4"
-            encode.write(file, frames, RATE, factor=made.reencode)
-            again = np.stack([np.asarray(image) for image in decode.frames(file, RATE)])
-            if len(again) != len(frames):
-                raise SystemExit(f"re-encoded: {len(again)} frames of {len(frames)}")
-            frames = again
-        query = f"q{number:03d}"
-        known[query] = features(frames)
-        for reference, own in (
-            (name, made_labels)
-            for name in names
-            if name != host
-            for made_labels in simulate.labels(query, made, [name]).values()
-        ):
-            pairs.append((query, reference))
-            boxes.append(own)
-    return Corpus(known, pairs, boxes)
+    return edited.corpus(clips, encoded, kinds=kinds, count=count, rng=rng)

@@ -48,12 +48,7 @@ class Spd:
 
     def __call__(self, similarities: Sequence[Map]) -> list[Boxes]:
         """Segments of each map, best first; ends inclusive, as the classical methods give them."""
-        found = []
-        for spans in self.spans(similarities):
-            boxes = np.round(spans).astype(np.int64)
-            boxes = boxes[(boxes[:, 2:] > boxes[:, :2]).all(axis=1)]
-            found.append(boxes - [0, 0, 1, 1])
-        return found
+        return [align.whole(own, end_exclusive=False) for own in self.spans(similarities)]
 
     def spans(self, similarities: Sequence[Map]) -> list[Spans]:
         """Segments of each map, best first, to parts of a frame; ends exclusive."""
@@ -187,6 +182,33 @@ class Keyframes:
             logits = np.asarray(self._score(self.part.scorer, behind))[:length]
             kept = keyframes.highest(logits, window)
         return kept if self.most >= 1 else keyframes.unlike(features, kept, self.most)
+
+
+def chosen(name: str, words: Sequence[str], trained: Part | None) -> Aligner:
+    """The method of that name, in either case, with settings ``NAME=VALUE``.
+
+    Raises:
+        UserError: an unknown name or setting, a detector is missing, or one is not used.
+    """
+    if name.upper() != "SPD":
+        if trained is not None:
+            raise UserError(f"--detector: is not used by {name:.40}: pass --method spd, or drop it")
+        if name.upper() not in align.BENCHMARK:
+            known = ", ".join((*align.BENCHMARK, "SPD"))
+            raise UserError(f"method {name:.40}: unknown: use one of {known}")
+        return align.chosen(name.upper(), words)
+    if trained is None:
+        raise UserError("--method spd: needs --detector DIR: make one with m2jax video train")
+    settings = {}
+    for word in words:
+        key, _, text = word.partition("=")
+        if key not in ("conf", "nms"):
+            raise UserError(f"SPD: {word:.40}: unknown setting: use conf=NUMBER or nms=NUMBER")
+        try:
+            settings[key] = float(text)
+        except ValueError:
+            raise UserError(f"SPD: {word:.40}: no setting: write NAME=NUMBER") from None
+    return Spd(trained, **settings)
 
 
 def spans_of_features(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -66,6 +67,14 @@ def read(directory: Path) -> Part:
     if lost:
         raise UserError(f"{directory}: damaged (unknown tensor {min(lost):.80}): copy it again")
     return Part(settings, dim, found.get("detector"), found.get("scorer"), model, report)
+
+
+def fingerprint(part: Part, most: float) -> str:
+    """Tells choices of keyframes apart: settings and values, and which like ones are dropped."""
+    digest = hashlib.sha256(repr((part.settings.window, part.dim)).encode())
+    for key, value in _flat("scorer", part.scorer).items():
+        digest.update(key.encode() + np.ascontiguousarray(value, np.float32).tobytes())
+    return f"{digest.hexdigest()[:16]}/{most!r}"
 
 
 def _flat(name: str, state: Any) -> dict[str, Any]:

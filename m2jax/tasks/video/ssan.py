@@ -27,6 +27,7 @@ from m2jax.tasks.video.examples import Batch, Corpus
 from m2jax.tasks.video.keyframes import Scorer
 
 HIDDEN = 64  # channels of the keyframe extractor
+FRAMES = 128  # of either video of an example, about
 REPORT = 50  # steps between lines
 
 Kind = Literal["spd", "ske", "ssan"]
@@ -38,7 +39,6 @@ class Settings:
 
     kind: Kind = "spd"  # the detector, the keyframe extractor, or both together
     window: int = 1  # frames of which one is kept; the extractor needs 2 and more
-    frames: int = 128  # of either video of an example
     size: int = 128  # pixels of the detector's square; longer maps are pooled
     width: int = 8  # channels of its first layer
     simulated: float = 0.5  # share of examples that are simulated
@@ -58,14 +58,15 @@ class Settings:
             raise UserError(f"width={self.width}: choose a multiple of 4 from 4 to 256")
         if not 1 <= self.window <= 64 or (self.kind != "spd" and self.window < 2):
             raise UserError(f"window={self.window}: choose 1 to 64; keyframes need 2 and more")
-        if self.frames % self.window or not 16 <= self.frames <= self.window * self.size:
-            raise UserError(
-                f"frames={self.frames}: choose a multiple of window from 16 to window x size"
-            )
         if not 0 <= self.simulated <= 1:
             raise UserError(f"simulated={self.simulated}: choose 0 to 1")
         if min(self.steps, self.batch) < 1 or not self.learning_rate > 0:
             raise UserError("steps, batch: at least 1; learning_rate: above 0")
+
+    @property
+    def frames(self) -> int:
+        """Of either video of an example, at most: whole windows, no map larger than the square."""
+        return min(FRAMES, self.window * self.size) // self.window * self.window
 
 
 @dataclass(frozen=True)
