@@ -22,7 +22,7 @@ from m2jax.tasks.video.ssan import Part, new_detector, new_scorer
 
 AT_ONCE = 8  # squares that the detector sees together
 LENGTHS = 256  # frames in whole numbers of which an extractor is compiled
-JOIN = 0.1  # shares of the short side by which pieces of one segment may miss each other
+JOIN = 0.2  # shares of the short side by which pieces of one segment may miss each other
 
 Spans = Float[np.ndarray, "segments 4"]
 
