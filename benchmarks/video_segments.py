@@ -32,7 +32,7 @@ from m2jax.tasks.video.examples import Corpus
 WINDOW = 4
 TRAINING, TEST = 60, 24  # queries
 TUNED = 160  # pairs of training that settings are chosen on
-CONFS = (0.1, 0.2, 0.3, 0.4, 0.5)
+CONFS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4)
 GRIDS = {
     "HV": {"min_sim": (0.3, 0.5, 0.7), "iou_thresh": (0.3, 0.9)},
     "TN": {"tn_top_k": (3, 5), "min_sim": (0.3, 0.5, 0.7), "min_length": (1, 5)},
@@ -46,11 +46,11 @@ ROWS = {
     "DP": ("DP", 1, "all"),
     "DTW": ("DTW", 1, "all"),
     "SPD": ("SPD", 1, "all"),
-    "TN, uniform": ("TN", WINDOW, "uniform"),
-    "TN, SKE": ("TN", WINDOW, "ske"),
+    "SSAN": ("SPD", WINDOW, "ssan"),
     "SPD, uniform": ("SPD", WINDOW, "uniform"),
     "SPD, SKE": ("SPD", WINDOW, "ske"),
-    "SSAN": ("SPD", WINDOW, "ssan"),
+    "TN, uniform": ("TN", WINDOW, "uniform"),
+    "TN, SKE": ("TN", WINDOW, "ske"),
 }
 TESTS = {"seen": video_clips.SEEN, "held out": video_clips.HELD_OUT}
 COLUMNS = {

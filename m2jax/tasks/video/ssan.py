@@ -44,7 +44,7 @@ class Settings:
     simulated: float = 0.5  # share of examples that are simulated
     steps: int = 500
     batch: int = 16
-    learning_rate: float = 2e-3
+    learning_rate: float = 4e-3
     ske_weight: float = 0.1  # of the extractor's own loss beside the detector's
     box_weight: float = 2.0
     seed: int = 0
