@@ -10,7 +10,9 @@ weights that would have to be fetched. Clips of training and test are different 
 import subprocess
 import sys
 import tarfile
+import tempfile
 import zipfile
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -133,7 +135,7 @@ class Features:
         return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-6)
 
 
-def corpus(clips, kinds, count, seed, features, folder):
+def corpus(clips, kinds, count, seed, features):
     """Edited queries, each with two copies, paired with all clips but their host.
 
     Args:
@@ -142,15 +144,15 @@ def corpus(clips, kinds, count, seed, features, folder):
         count: of queries.
         seed: of all choices.
         features: of frames.
-        folder: for files that are encoded.
     """
 
     def encoded(frames, factor):
         if not factor:
             return features(frames)
-        file = folder / "query.mp4"
-        encode.write(file, frames, RATE, factor=factor)
-        again = np.stack([np.asarray(image) for image in decode.frames(file, RATE)])
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "query.mp4"
+            encode.write(file, frames, RATE, factor=factor)
+            again = np.stack([np.asarray(image) for image in decode.frames(file, RATE)])
         if len(again) != len(frames):
             raise SystemExit(f"re-encoded: {len(again)} frames of {len(frames)}")
         return features(again)

@@ -17,6 +17,7 @@ import argparse
 import hashlib
 import itertools
 import json
+import os
 import statistics
 import time
 from dataclasses import asdict
@@ -107,11 +108,13 @@ class Bench:
                 made[test] = (self._clips.test, kinds, TEST, 3 * seed + number)
             arrays = {}
             for name, (clips, kinds, count, own) in made.items():
-                corpus = video_clips.corpus(clips, kinds, count, own, features, self.out)
+                corpus = video_clips.corpus(clips, kinds, count, own, features)
                 arrays |= {f"{name}/{video}": x for video, x in corpus.features.items()}
                 table = {"pairs": corpus.pairs, "boxes": corpus.boxes}
                 arrays[f"{name}/table"] = np.array(json.dumps(table))
-            np.savez(file, **arrays)
+            temporary = file.with_suffix(f".{os.getpid()}.npz")
+            np.savez(temporary, **arrays)
+            temporary.replace(file)
         with np.load(file) as loaded:
             arrays = dict(loaded)
         return {name: _corpus(arrays, name) for name in ("train", *TESTS)}
