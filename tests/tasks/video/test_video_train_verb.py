@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from m2jax.cli.main import main
-from m2jax.tasks.video import arrays, features, library, saved
+from m2jax.tasks.video import arrays, features, library, saved, vectors
 from tests.tasks.video import clips
 from tests.tasks.video.test_library import pixels
 
@@ -129,6 +129,12 @@ def test_bad_input_is_one_line(words, message, tmp_path, capsys):
 def test_nothing_is_written_over(parts, capsys):
     assert train("--out", parts / "spd") == 2
     assert "spd" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module", autouse=True)
+def milvus(tmp_path_factory):
+    """Loads it while no test's own capture is on: it keeps the stderr that it finds at first."""
+    vectors.Vectors(str(tmp_path_factory.mktemp("milvus") / "first.db")).close()
 
 
 @pytest.fixture(scope="module")
