@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Copied segments on edited real clips: trained detectors and keyframes against classical methods.
 
-    PYTHONPATH=. python benchmarks/video_segments.py --out runs/video [--cache DIR] [--rows HV SPD]
-                                                     [--seeds 0 1 2] [--steps 400] [--dry-run]
+    python benchmarks/video_segments.py --out runs/video [--cache DIR] [--rows HV SPD]
+                                        [--seeds 0 1 2] [--steps 400] [--dry-run] [--ends]
 
 Clips and features are those of benchmarks/video_clips.py. A seed draws the queries of training and
 of two tests, one of the kinds of edits that training has and one of others, both of videos that
@@ -195,8 +195,15 @@ def _shown(method):
     return own or asdict(method)
 
 
-def score(method, choose, corpus):
-    """VCSL's figures of a method on a corpus, and what it costs."""
+def score(method, choose, corpus, last=False):
+    """VCSL's figures of a method on a corpus, and what it costs.
+
+    Args:
+        method: an aligner.
+        choose: keyframes.
+        corpus: queries.
+        last: give the last frame of a copy as its end, as the published methods do.
+    """
     pairs = [corpus.pair(number) for number in range(len(corpus.pairs))]
     keys = ["-".join(pair) for pair in corpus.pairs]
     kept = {name: len(choose(own)) for name, own in corpus.features.items()}
@@ -205,7 +212,8 @@ def score(method, choose, corpus):
     begin = time.process_time()
     spans = pattern.spans_of_features(method, choose, both)
     took = time.process_time() - begin
-    found = {key: np.round(own).astype(int).tolist() for key, own in zip(keys, spans, strict=True)}
+    boxes = [align.whole(own, end_exclusive=not last).tolist() for own in spans]
+    found = dict(zip(keys, boxes, strict=True))
     labels = {key: own for key, own in zip(keys, corpus.boxes, strict=True) if len(own)}
     figures = protocol.evaluate(labels, found, pairs=keys)
     cells = sum(kept[q] * kept[r] for q, r in corpus.pairs)
@@ -230,6 +238,26 @@ def table(bench, rows, seeds):
     return "\n".join(lines)
 
 
+def ends(bench, seeds):
+    """F of the classical methods by where segments end, with the settings of their rows."""
+    print(
+        "| method | seeds | last frame: seen, held out | over: seen, held out |\n|---|---|---|---|"
+    )
+    for row in ("HV", "TN", "DP", "DTW"):
+        there = {seed: found for seed in seeds if (found := bench.scores(row, seed)) is not None}
+        figures = {last: [] for last in (True, False)}
+        for seed, found in there.items():
+            data, method = bench.data(seed), align.with_settings(row, found["method"])
+            choose = pattern.Keyframes(ssan.Part(bench.settings("spd", 1, seed), 0))
+            for last, rows in figures.items():
+                rows.append([100 * score(method, choose, data[t], last)["f1"] for t in TESTS])
+        cells = [
+            ", ".join(f"{statistics.fmean(column):.1f}" for column in zip(*rows, strict=True))
+            for rows in figures.values()
+        ]
+        print(f"| {row} | {len(there)} | {' | '.join(cells)} |", flush=True)
+
+
 def main():
     """Makes what is missing, seed by seed, so that a cut table still compares all rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -239,9 +267,12 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--dry-run", action="store_true", help="only show the table")
+    parser.add_argument("--ends", action="store_true", help="what the end of segments is worth")
     args = parser.parse_args()
     args.cache.mkdir(parents=True, exist_ok=True)
     bench = Bench(args.out, args.cache.absolute(), args.steps)
+    if args.ends:
+        return ends(bench, args.seeds)
     for seed in args.seeds:
         for row in args.rows:
             if not args.dry_run:

@@ -59,9 +59,12 @@ def run(args: argparse.Namespace) -> int:
     import sys
 
     from m2jax.config import UserError
+    from m2jax.dist.host import load_devices
     from m2jax.tasks.video import pattern, saved, segments
 
     files.check_parent(args.out, "--out")
+    if args.detector or args.keyframes:
+        load_devices()
     trained = saved.read(args.detector) if args.detector else None
     method = pattern.chosen(args.method, args.set, trained)
     part = saved.read(args.keyframes) if args.keyframes else trained

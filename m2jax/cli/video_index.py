@@ -61,13 +61,19 @@ def run(args: argparse.Namespace) -> int:
     if not 0 < args.most_alike <= 1:
         raise UserError(f"--most-alike {args.most_alike}: choose above 0 and up to 1")
     choose = None
-    if args.keyframes:
-        choose = pattern.Keyframes(saved.read(args.keyframes), args.most_alike)
-    elif args.most_alike < 1:
-        raise UserError("--most-alike: thins keyframes: pass --keyframes")
     decode.check()
     videos = features.find_videos(args.videos, "--videos")
     load_devices()
+    if args.keyframes:
+        part = saved.read(args.keyframes)
+        if part.settings.window == 1:
+            raise UserError(
+                f"--keyframes {args.keyframes}: was trained on all frames: name a training of ske "
+                "or ssan, or of spd with --window"
+            )
+        choose = pattern.Keyframes(part, args.most_alike)
+    elif args.most_alike < 1:
+        raise UserError("--most-alike: thins keyframes: pass --keyframes")
     done = library.build(
         features.Encoder(args.model, args.batch_size),
         videos,

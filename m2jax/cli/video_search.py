@@ -56,10 +56,17 @@ def run(args: argparse.Namespace) -> int:
         if path:
             files.check_parent(path, flag)
     decode.check()
+    stored = library.load(args.index)  # before the model: a wrong folder is said at once
+    load_devices()
     trained = saved.read(args.detector) if args.detector else None
     method = pattern.chosen(args.method, args.set, trained)
-    library.load(args.index)  # before the model: a wrong folder is said at once
-    load_devices()
+    choose = library.load_keyframes(args.index, stored)
+    window = choose.part.settings.window if choose else 1
+    if trained is not None and trained.settings.window != window:
+        raise UserError(
+            f"--detector {args.detector}: was trained on one frame of {trained.settings.window}, "
+            f"the library holds one of {window}: train one with --window {window}"
+        )
     encoder = features.Encoder(args.model)
     found = library.load(args.index, encoder.identity)
     frames = encoder.video(args.query, found.rate)
@@ -76,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
             full_maps=args.full_maps,
             rescale=not args.raw,
             leave_out=args.leave_out,
-            choose=library.load_keyframes(args.index, found),
+            choose=choose,
         )
     finally:
         vectors.close()

@@ -75,9 +75,9 @@ def run(args: argparse.Namespace) -> int:
         batch=args.batch_size,
         seed=args.seed,
     )
-    start = saved.read(args.start) if args.start else None
     _check_source(args)
     load_devices()
+    start = saved.read(args.start) if args.start else None
 
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)

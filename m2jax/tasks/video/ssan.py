@@ -8,6 +8,8 @@ public, this is our reconstruction. A map of all frames is that of windows of on
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args, get_type_hints
@@ -255,24 +257,12 @@ def train(
     if start is not None:
         _check_start(start, settings, dim)
     modules = _modules(settings, dim, start)
-    graphs, params = {}, {}
-    for name, module in modules.items():
-        graphs[name], params[name] = nnx.split(module)
+    split = {name: nnx.split(module) for name, module in modules.items()}
+    graphs = tuple((name, graph) for name, (graph, _) in split.items())
+    params = {name: state for name, (_, state) in split.items()}
     fixed = {"scorer": params.pop("scorer")} if settings.kind == "spd" and len(params) > 1 else {}
-    transform = _transform(settings)
-    state = transform.init(params)
-
-    @jax.jit
-    def step(params: Any, state: Any, batch: Batch, rng: Array) -> tuple[Any, Any, Losses]:
-        def loss(params: Any) -> tuple[Array, Losses]:
-            whole = {n: nnx.merge(graphs[n], own) for n, own in {**params, **fixed}.items()}
-            found = losses(whole.get("detector"), whole.get("scorer"), batch, rng, settings)
-            return found.total, found
-
-        gradient, found = jax.grad(loss, has_aux=True)(params)
-        updates, state = transform.update(gradient, state, params)
-        return optax.apply_updates(params, updates), state, found
-
+    state = _transform(settings).init(params)
+    compiled = dataclasses.replace(settings, seed=0)  # which changes no code
     rng, key = np.random.default_rng(settings.seed), jax.random.key(settings.seed)
     history: list[Losses] = []
     for number in range(settings.steps):
@@ -284,7 +274,8 @@ def train(
             dim=dim,
             share=settings.simulated,
         )
-        params, state, found = step(params, state, one, jax.random.fold_in(key, number))
+        own = jax.random.fold_in(key, number)
+        params, state, found = _step(params, fixed, state, one, own, graphs, compiled)
         history.append(found)
         if (number + 1) % REPORT == 0 or number + 1 == settings.steps:
             recent = _means(history[-REPORT:])
@@ -295,6 +286,29 @@ def train(
     report = {"first": _means(history[:REPORT]), "last": _means(history[-REPORT:])}
     found = params | fixed
     return Part(settings, dim, found.get("detector"), found.get("scorer"), model, report)
+
+
+@functools.partial(jax.jit, static_argnames=("graphs", "settings"))
+def _step(
+    params: Any,
+    fixed: Any,
+    state: Any,
+    batch: Batch,
+    rng: Array,
+    graphs: tuple[tuple[str, Any], ...],
+    settings: Settings,
+) -> tuple[Any, Any, Losses]:
+    """One step: parameters, the optimiser's state and the losses before it."""
+
+    def loss(params: Any) -> tuple[Array, Losses]:
+        states = {**params, **fixed}
+        whole = {name: nnx.merge(graph, states[name]) for name, graph in graphs}
+        found = losses(whole.get("detector"), whole.get("scorer"), batch, rng, settings)
+        return found.total, found
+
+    gradient, found = jax.grad(loss, has_aux=True)(params)
+    updates, state = _transform(settings).update(gradient, state, params)
+    return optax.apply_updates(params, updates), state, found
 
 
 def _modules(settings: Settings, dim: int, start: Part | None) -> dict[str, Any]:

@@ -193,10 +193,12 @@ def test_a_library_of_keyframes(tower, model, videos, parts, tmp_path, capsys):
     assert matches
     assert all(match["video"] == "a.mp4" for match in matches)
     assert matches[0]["query_end"] - matches[0]["query_start"] > 8
-    detector = ["--method", "spd", "--detector", str(parts / "spd"), "--set", "conf=0.005"]
-    assert main([*search, *detector]) == 0
+    detector = ["--method", "spd", "--set", "conf=0.005", "--detector"]
+    assert main([*search, *detector, str(parts / "ssan")]) == 0
     assert json.loads(found_json.read_text())["matches"]
     capsys.readouterr()
+    assert main([*search, *detector, str(parts / "spd")]) == 2
+    assert "was trained on one frame of 1, the library holds one of 4" in capsys.readouterr().err
     # All frames, or keyframes of another training, do not go into this folder.
     assert main(base) == 2
     assert "was made with keyframes" in capsys.readouterr().err
@@ -207,12 +209,14 @@ def test_a_library_of_keyframes(tower, model, videos, parts, tmp_path, capsys):
     assert "not the 10 keyframes of a.mp4" in capsys.readouterr().err
 
 
-def test_keyframes_of_another_model_are_refused(tower, model, videos, tmp_path, capsys):
+def test_keyframes_of_another_model_are_refused(tower, model, videos, parts, tmp_path, capsys):
     other = clips.write_model(tmp_path / "other", seed=5)
     words = ["--model", other, "--videos", videos / "library", "--queries", "2", "--kind", "ske"]
     assert train("--out", tmp_path / "p", *words) == 0
     base = ["video", "index", "--model", model, "--videos", str(videos / "library")]
     assert main([*base, "--out", str(tmp_path / "x"), "--keyframes", str(tmp_path / "p")]) == 2
     assert "features of another model" in capsys.readouterr().err
+    assert main([*base, "--out", str(tmp_path / "x"), "--keyframes", str(parts / "spd")]) == 2
+    assert "was trained on all frames" in capsys.readouterr().err
     assert main([*base, "--out", str(tmp_path / "x"), "--most-alike", "0.5"]) == 2
     assert "pass --keyframes" in capsys.readouterr().err
