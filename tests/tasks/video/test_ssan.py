@@ -95,6 +95,7 @@ def test_the_detectors_loss_reaches_the_extractor_and_only_when_together():
     assert size[1.0] != size[0.0]
 
 
+@pytest.mark.slow  # three trainings are compiled
 def test_a_detector_on_frozen_keyframes_leaves_them():
     ske = ssan.train(None, ssan.Settings(kind="ske", window=4, **SMALL), dim=8)
     assert ske.detector is None
