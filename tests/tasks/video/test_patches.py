@@ -142,4 +142,4 @@ def test_the_longest_map():
     square = patches.letterbox(small, 640)
     assert block == 20
     line = np.diag(square)
-    assert (line[10:-10] > 0.8).all()
+    assert (line[10:-10] > 0.45).all()  # between two cells of the diagonal, half of theirs
