@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from m2jax.cli import video_align, video_eval, video_index, video_search
+from m2jax.cli import video_align, video_eval, video_index, video_search, video_train
 
 
 def add_parser(subparsers: Any) -> None:
@@ -18,7 +18,7 @@ def add_parser(subparsers: Any) -> None:
         allow_abbrev=False,
     )
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    for action in (video_index, video_search, video_align, video_eval):
+    for action in (video_index, video_search, video_train, video_align, video_eval):
         action.add_parser(actions)
     for subparser in actions.choices.values():
         subparser.add_argument(

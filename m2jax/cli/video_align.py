@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "align",
         help="find segments of pairs from stored features or similarity maps",
-        description="Aligns pairs of videos by the classical methods of VCSL's benchmark, and "
+        description="Aligns pairs of videos by the classical methods of VCSL's benchmark, or by a "
+        "trained detector, and "
         "writes predictions that `m2jax video eval` reads. Features lie one file per video, "
         "VIDEO.npy [frames, dim] with unit rows; maps one per pair, QUERY-REFERENCE.npy.",
         allow_abbrev=False,
@@ -27,7 +28,15 @@ def add_parser(subparsers: Any) -> None:
     source.add_argument("--features", type=Path, metavar="DIR")
     source.add_argument("--maps", type=Path, metavar="DIR")
     parser.add_argument("--pairs", required=True, type=Path, metavar="CSV")
-    parser.add_argument("--method", default="TN", help="HV, TN (default), DP or DTW")
+    parser.add_argument("--method", default="TN", help="HV, TN (default), DP, DTW or SPD")
+    parser.add_argument("--detector", type=Path, metavar="DIR", help="for SPD: made by video train")
+    parser.add_argument(
+        "--keyframes",
+        type=Path,
+        metavar="DIR",
+        help="align maps of keyframes, chosen by this training of ske or ssan (default: those that "
+        "the detector was trained on); needs --features",
+    )
     parser.add_argument(
         "--set",
         action="append",
@@ -49,14 +58,27 @@ def run(args: argparse.Namespace) -> int:
     """Aligns the pairs, writes the file."""
     import sys
 
-    from m2jax.tasks.video import align, segments
+    from m2jax.config import UserError
+    from m2jax.dist.host import load_devices
+    from m2jax.tasks.video import pattern, saved, segments
 
     files.check_parent(args.out, "--out")
-    method = align.chosen(args.method, args.set)
+    if args.detector or args.keyframes:
+        load_devices()
+    trained = saved.read(args.detector) if args.detector else None
+    method = pattern.chosen(args.method, args.set, trained)
+    part = saved.read(args.keyframes) if args.keyframes else trained
+    choose = pattern.Keyframes(part) if part is not None and part.settings.window > 1 else None
+    if choose is not None and args.maps:
+        raise UserError(
+            "--maps: keyframes are chosen by features: pass --features, or a detector that was "
+            "trained with --window 1"
+        )
     keys = segments.read_pairs(args.pairs)
     found: dict[str, list[list[int]]] = {}
-    for names, maps in _maps(args, keys):
-        boxes = align.align(method, maps, end_exclusive=args.end_exclusive)
+    for first in range(0, len(keys), AT_ONCE):
+        names = keys[first : first + AT_ONCE]
+        boxes = _boxes(args, method, choose, names)
         found |= {name: one.tolist() for name, one in zip(names, boxes, strict=True)}
         print(f"\r{len(found):,}/{len(keys):,}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
@@ -65,13 +87,16 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _maps(args: argparse.Namespace, keys: Sequence[str]) -> Iterator[tuple[Sequence[str], Any]]:
-    """Names of some pairs at once, and their maps."""
-    from m2jax.tasks.video import arrays
+def _boxes(args: argparse.Namespace, method: Any, choose: Any, names: Sequence[str]) -> list[Any]:
+    """Segments of some pairs."""
+    from m2jax.tasks.video import align, arrays, pattern
 
-    for first in range(0, len(keys), AT_ONCE):
-        names = keys[first : first + AT_ONCE]
+    if choose is None:
         if args.maps:
-            yield names, [arrays.read_map(args.maps, name) for name in names]
+            maps = [arrays.read_map(args.maps, name) for name in names]
         else:
-            yield names, [arrays.map_of_features(args.features, name) for name in names]
+            maps = [arrays.map_of_features(args.features, name) for name in names]
+        return align.align(method, maps, end_exclusive=args.end_exclusive)
+    pairs = [arrays.features_of_pair(args.features, name) for name in names]
+    spans = pattern.spans_of_features(method, choose, pairs)
+    return [align.whole(own, end_exclusive=args.end_exclusive) for own in spans]

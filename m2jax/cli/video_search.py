@@ -24,7 +24,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--model", required=True, help="the model that the library was made with")
     parser.add_argument("--index", required=True, type=Path, metavar="DIR")
     parser.add_argument("--query", required=True, type=Path, metavar="VIDEO")
-    parser.add_argument("--method", default="TN", help="HV, TN (default), DP or DTW")
+    parser.add_argument("--method", default="TN", help="HV, TN (default), DP, DTW or SPD")
+    parser.add_argument("--detector", type=Path, metavar="DIR", help="for SPD: made by video train")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--candidates", type=int, default=20, help="videos looked at (default: 20)")
     parser.add_argument(
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     """Searches, prints, writes."""
     from m2jax.config import UserError
     from m2jax.dist.host import load_devices
-    from m2jax.tasks.video import align, decode, features, library, page, search
+    from m2jax.tasks.video import decode, features, library, page, pattern, saved, search
 
     for flag, value in (("--candidates", args.candidates), ("--nearest", args.nearest)):
         if not 1 <= value <= 1000:
@@ -55,9 +56,17 @@ def run(args: argparse.Namespace) -> int:
         if path:
             files.check_parent(path, flag)
     decode.check()
-    method = align.chosen(args.method, args.set)
-    library.load(args.index)  # before the model: a wrong folder is said at once
+    stored = library.load(args.index)  # before the model: a wrong folder is said at once
     load_devices()
+    trained = saved.read(args.detector) if args.detector else None
+    method = pattern.chosen(args.method, args.set, trained)
+    choose = library.load_keyframes(args.index, stored)
+    window = choose.part.settings.window if choose else 1
+    if trained is not None and trained.settings.window != window:
+        raise UserError(
+            f"--detector {args.detector}: was trained on one frame of {trained.settings.window}, "
+            f"the library holds one of {window}: train one with --window {window}"
+        )
     encoder = features.Encoder(args.model)
     found = library.load(args.index, encoder.identity)
     frames = encoder.video(args.query, found.rate)
@@ -74,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
             full_maps=args.full_maps,
             rescale=not args.raw,
             leave_out=args.leave_out,
+            choose=choose,
         )
     finally:
         vectors.close()
@@ -82,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
         text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
         files.write(args.json, lambda file: file.write(text.encode()))
     if args.html:
-        known = {v.name: (Path(v.path), v.frames / found.rate) for v in found.videos}
+        known = {v.name: (Path(v.path), (v.length or v.frames) / found.rate) for v in found.videos}
         written = page.render(document, args.query, known)
         files.write(args.html, lambda file: file.write(written.encode()))
     for match in matches:

@@ -62,6 +62,32 @@ def align(
     return [boxes + past for boxes in found] if end_exclusive else found
 
 
+def spans(method: Aligner | str, maps: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Segments of similarity maps, ends exclusive, as precise as the method gives them.
+
+    Of each map [segments, 4] float64: parts of frames from a detector, whole frames from others.
+
+    Raises:
+        UserError: as ``align``.
+    """
+    precise = getattr(method, "spans", None)
+    if precise is not None:
+        return precise([checked(one, f"similarity map {n}") for n, one in enumerate(maps)])
+    return [found.astype(np.float64) for found in align(method, maps, end_exclusive=True)]
+
+
+def whole(spans: np.ndarray, *, end_exclusive: bool) -> Boxes:
+    """Segments to the nearest frame; those that come to nothing are dropped.
+
+    Args:
+        spans: [segments, 4], ends exclusive.
+        end_exclusive: as of ``align``.
+    """
+    boxes = np.round(spans).astype(np.int64).reshape(-1, 4)
+    boxes = boxes[(boxes[:, 2:] > boxes[:, :2]).all(axis=1)]
+    return boxes if end_exclusive else boxes - np.array([0, 0, 1, 1])
+
+
 def with_settings(name: str, settings: Mapping[str, Any]) -> Aligner:
     """The method of that name with other settings than its defaults.
 

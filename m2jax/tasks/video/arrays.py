@@ -15,8 +15,8 @@ from m2jax.tasks.video.maps import Map
 UNIT = 0.01  # a row of features may differ from length 1 by so much (they may be half precision)
 
 
-def read_array(path: Path, what: str) -> np.ndarray:
-    """The finite numbers [rows, columns] of an .npy file.
+def read_array(path: Path, what: str, axes: int = 2) -> np.ndarray:
+    """The finite numbers of an .npy file: [rows, columns], or in one row.
 
     Raises:
         UserError: missing, damaged, holding objects, or not such an array.
@@ -30,7 +30,11 @@ def read_array(path: Path, what: str) -> np.ndarray:
         raise UserError(f"{path}: no NumPy array ({reason:.120}): write it anew") from None
     if not isinstance(found, np.ndarray):
         raise UserError(f"{path}: several arrays: write one .npy per file")
-    return maps.checked(found, f"{path}: {what}")
+    if axes == 2:
+        return maps.checked(found, f"{path}: {what}")
+    if found.ndim != 1 or not found.size or found.dtype.kind not in "iu":
+        raise UserError(f"{path}: {what}: {found.dtype} of shape {found.shape}: write it anew")
+    return found
 
 
 def read_map(folder: Path, pair: str) -> Map:
@@ -58,22 +62,41 @@ def read_features(folder: Path, video: str) -> np.ndarray:
     return found
 
 
-def map_of_features(folder: Path, pair: str) -> Map:
-    """The cosine map of a pair ``QUERY-REFERENCE``, from the features of both.
+def videos_of(pair: str) -> tuple[str, str]:
+    """Query and reference of a pair ``QUERY-REFERENCE``.
 
     Raises:
-        UserError: no such pair, unreadable features, or features of two kinds.
+        UserError: no such pair.
     """
     query, dash, reference = pair.partition("-")
     if not dash or "-" in reference:
         raise UserError(f"pair {pair:.80}: not QUERY-REFERENCE: names of videos hold no dash")
+    return query, reference
+
+
+def features_of_pair(folder: Path, pair: str) -> tuple[np.ndarray, np.ndarray]:
+    """The features of both videos of a pair ``QUERY-REFERENCE``.
+
+    Raises:
+        UserError: no such pair, unreadable features, or features of two kinds.
+    """
+    query, reference = videos_of(pair)
     one, other = read_features(folder, query), read_features(folder, reference)
     if one.shape[1] != other.shape[1]:
         raise UserError(
             f"{folder}: features of {query:.40} and {reference:.40} have {one.shape[1]} and "
             f"{other.shape[1]} numbers: use those of one model"
         )
-    return maps.cosine(one, other)
+    return one, other
+
+
+def map_of_features(folder: Path, pair: str) -> Map:
+    """The cosine map of a pair ``QUERY-REFERENCE``, from the features of both.
+
+    Raises:
+        UserError: as ``features_of_pair``.
+    """
+    return maps.cosine(*features_of_pair(folder, pair))
 
 
 def _inside(folder: Path, name: str) -> Path:

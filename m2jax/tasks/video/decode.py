@@ -9,6 +9,7 @@ addresses (playlists) are refused.
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,as
 MOST_FRAMES = 200_000  # of one video: two days at one per second
 SHORT = 1.5  # seconds by which a video may end before the time its container declares
 WHOLE = 0.9  # share of the frames that a container declares; edit lists hide some
+REORDERED = 4  # frames that are held back, to be given in order of time
 RATES = (1 / 60, 60.0)  # frames per second that may be asked for
 
 TURNS = {
@@ -71,7 +73,11 @@ def frames(path: Path, rate: float = 1.0) -> Iterator[Image.Image]:
             raise UserError(
                 f"{path}: ends after {end:.1f} of {declared:.1f} seconds: truncated, copy it again"
             )
-        if decoded < WHOLE * stream.frames:  # of a cut AVI, FFmpeg guesses the duration anew
+        # Of a cut AVI, FFmpeg guesses the duration anew; a whole one may hold empty frames, which
+        # repeat the one before.
+        own_rate = float(stream.average_rate or 0)
+        full = stream.frames / own_rate if own_rate else math.inf
+        if decoded < WHOLE * stream.frames and end < WHOLE * full:
             raise UserError(
                 f"{path}: ends after {decoded:,} of {stream.frames:,} frames: truncated, copy it "
                 "again"
@@ -148,20 +154,44 @@ def _is_cover(stream: Any) -> bool:
 def _timed(path: Path, container: Any, stream: Any) -> Iterator[tuple[Any, float]]:
     """Frames with their seconds after the first; those that go back in time are passed over."""
     first, last = None, -math.inf
+    for time, frame in _in_order(_stamped(path, container, stream)):
+        first = time if first is None else first
+        if time - first < last:
+            continue
+        last = time - first
+        yield frame, last
+
+
+def _stamped(path: Path, container: Any, stream: Any) -> Iterator[tuple[float, Any]]:
+    """Frames as the decoder gives them, with their times."""
+    after = 0.0
     for frame in container.decode(stream):
         if frame.width * frame.height > PIXEL_LIMIT:
             raise UserError(
                 f"{path}: {frame.width} x {frame.height} pixels: over the limit of "
                 f"{PIXEL_LIMIT:,}: scale it down first"
             )
-        time = frame.time
-        if time is None:  # raw streams have no times: they run evenly
-            time = 0.0 if first is None else first + last + _length(frame, stream)
-        first = time if first is None else first
-        if time - first < last:
-            continue
-        last = time - first
-        yield frame, last
+        # Raw streams have no times: they run evenly.
+        time = after if frame.time is None else frame.time
+        after = time + _length(frame, stream)
+        yield time, frame
+
+
+def _in_order(frames: Iterator[tuple[float, Any]]) -> Iterator[tuple[float, Any]]:
+    """Frames by time, where the decoder gives neighbours in another order.
+
+    It does so for files that say that they hold no frames which are shown later than decoded, but
+    do (OpenCV's box.mp4): half of their frames would be passed over.
+    """
+    waiting: list[tuple[float, int, Any]] = []
+    for number, (time, frame) in enumerate(frames):
+        heapq.heappush(waiting, (time, number, frame))
+        if len(waiting) > REORDERED:
+            time, _, frame = heapq.heappop(waiting)
+            yield time, frame
+    while waiting:
+        time, _, frame = heapq.heappop(waiting)
+        yield time, frame
 
 
 def _length(frame: Any, stream: Any) -> float:

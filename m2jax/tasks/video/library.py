@@ -2,7 +2,9 @@
 """A library of videos that can be searched: a folder with features, their index, and what it is of.
 
     library.json      model, frames per second, videos with their marks and frames
-    features/*.npy    of each video [frames, dim]
+    features/*.npy    of each video [frames, dim]; of its keyframes, where they alone are stored,
+                      and which those are in *.kept.npy beside
+    keyframes/        what chose them (see ``saved``)
     frames.db         milvus-lite's file, where no cluster is named
     skipped.jsonl     videos that could not be read, and why
 
@@ -21,14 +23,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
 from m2jax.config import UserError
-from m2jax.tasks.video import arrays, features
+from m2jax.tasks.video import arrays, features, keyframes, saved
 from m2jax.tasks.video.features import Encoder, Identity
+from m2jax.tasks.video.pattern import Keyframes
 from m2jax.tasks.video.vectors import KINDS, Vectors
 
 STATE = "library.json"
 SKIPPED = "skipped.jsonl"
+KEYFRAMES = "keyframes"
 FORMAT = 1
 PAIRS = 4096  # of frames of different videos whose cosines tell what is ordinary
 ORDINARY = 0.95  # share of such pairs below the background
@@ -41,8 +46,9 @@ class Video:
     name: str
     path: str  # where it was when it was indexed
     mark: list[int]  # bytes and time of change, in ns
-    frames: int
+    frames: int  # that are stored
     stored: bool = False  # in the index
+    length: int = 0  # frames of the video, where only keyframes are stored
 
 
 @dataclass
@@ -55,6 +61,7 @@ class Library:
     kind: str  # of index
     uri: str  # of a cluster; "": the file beside
     videos: list[Video] = field(default_factory=list)
+    keyframes: str = ""  # fingerprint of what chose them; "": all frames are stored
     background: float = 0.0  # cosine that unrelated frames seldom exceed
     format: int = FORMAT
 
@@ -75,6 +82,7 @@ def build(
     rate: float = 1.0,
     kind: str = "hnsw",
     uri: str = "",
+    choose: Keyframes | None = None,
     say: Callable[[str], None] = print,
 ) -> Done:
     """Indexes videos that are not there yet.
@@ -86,6 +94,7 @@ def build(
         rate: frames per second.
         kind: ``exact`` or ``hnsw``.
         uri: of a Milvus cluster; "": a file in the folder.
+        choose: stores the keyframes that it gives, and no other frame.
         say: gets a line per video.
 
     Raises:
@@ -94,7 +103,12 @@ def build(
     if kind not in KINDS:
         raise UserError(f"--ann {kind}: use one of {', '.join(KINDS)}")
     library = Library(*encoder.identity, rate, kind, uri)
+    if choose is not None:
+        _check_model(choose, library)
+        library.keyframes = saved.fingerprint(choose.part, choose.most)
     library = _claimed(out, library)
+    if choose is not None and not (out / KEYFRAMES).exists():
+        saved.write(out / KEYFRAMES, choose.part)
     known = {video.name: number for number, video in enumerate(library.videos)}
     frames = 0
     skipped: list[tuple[str, str]] = []
@@ -113,8 +127,13 @@ def build(
             say(f"left out: {error}")
             continue
         known[name] = len(library.videos)
+        length = 0
+        if choose is not None:
+            kept, length = choose(found), len(found)
+            features.write(kept_file(out, known[name]), kept)
+            found = found[kept]
         features.write(features_file(out, known[name]), found)
-        library.videos.append(Video(name, str(path.absolute()), mark, len(found)))
+        library.videos.append(Video(name, str(path.absolute()), mark, len(found), length=length))
         _save(out, library)
         frames += len(found)
         say(f"{name}: {len(found):,} frames")
@@ -159,6 +178,48 @@ def features_file(out: Path, number: int) -> Path:
     return out / "features" / f"{number:08d}.npy"
 
 
+def kept_file(out: Path, number: int) -> Path:
+    """Where the numbers of a video's keyframes lie."""
+    return out / "features" / f"{number:08d}.kept.npy"
+
+
+def edges(out: Path, library: Library, number: int) -> Float[np.ndarray, " stored_and_1"]:
+    """Where the time of each stored frame of a video starts, in frames, and where it ends.
+
+    Raises:
+        UserError: which frames are stored cannot be read, or is nonsense.
+    """
+    video = library.videos[number]
+    if not library.keyframes:
+        return np.arange(video.frames + 1.0)
+    path = kept_file(out, number)
+    kept = arrays.read_array(path, "keyframes", axes=1)
+    whole = kept.dtype == np.int64 and len(kept) == video.frames
+    if not whole or (np.diff(kept) <= 0).any() or kept[0] < 0 or kept[-1] >= video.length:
+        raise UserError(
+            f"{path}: not the {video.frames:,} keyframes of {video.name:.80}: index anew"
+        )
+    return keyframes.edges(kept, video.length)
+
+
+def load_keyframes(out: Path, library: Library) -> Keyframes | None:
+    """What chose the keyframes of a library, for queries; none where it holds all frames.
+
+    Raises:
+        UserError: it is missing, damaged or another.
+    """
+    if not library.keyframes:
+        return None
+    try:
+        most = float(library.keyframes.partition("/")[2])
+    except ValueError:
+        raise UserError(f"{out / STATE}: damaged (keyframes): index the videos anew") from None
+    found = Keyframes(saved.read(out / KEYFRAMES), most)
+    if saved.fingerprint(found.part, most) != library.keyframes:
+        raise UserError(f"{out / KEYFRAMES}: is not what chose the stored frames: copy it again")
+    return found
+
+
 def load(out: Path, identity: Identity | None = None) -> Library:
     """What a folder holds.
 
@@ -191,7 +252,8 @@ def load(out: Path, identity: Identity | None = None) -> Library:
 
 def _is_sound(video: Video) -> bool:
     texts = isinstance(video.name, str) and isinstance(video.path, str)
-    return texts and type(video.frames) is int and 0 < video.frames < 2**24
+    counts = type(video.frames) is int and type(video.length) is int
+    return texts and counts and 0 < video.frames < 2**24 and 0 <= video.length < 2**24
 
 
 def _claimed(out: Path, wanted: Library) -> Library:
@@ -204,13 +266,22 @@ def _claimed(out: Path, wanted: Library) -> Library:
             raise UserError(f"--out {out}: {error.strerror}: choose another folder") from error
         return wanted
     found = load(out, Identity(wanted.model, wanted.fingerprint))
-    for name in ("rate", "kind", "uri"):
+    for name in ("rate", "kind", "uri", "keyframes"):
         if getattr(found, name) != getattr(wanted, name):
             raise UserError(
                 f"--out {out}: was made with {name} {getattr(found, name)!r}, not "
                 f"{getattr(wanted, name)!r}: choose another folder"
             )
     return found
+
+
+def _check_model(choose: Keyframes, library: Library) -> None:
+    trained = choose.part.model
+    if choose.part.scorer is not None and trained and trained != library.fingerprint:
+        raise UserError(
+            f"--keyframes: trained with the features of another model ({trained}, this one is "
+            f"{library.fingerprint}): train one with --model of this"
+        )
 
 
 def _save(out: Path, library: Library) -> None:

@@ -13,15 +13,18 @@ so no best path ends there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+from jaxtyping import Int64
 
 from m2jax.tasks.video import paths
 from m2jax.tasks.video.maps import Boxes, Map, overlap
 
 NODES = 2**21  # node-predecessor combinations that are visited at once
+THIN = 64  # links per row up to which they are visited one by one
 NOWHERE = -(10**9)  # reference frame of a node that is not there
 
 
@@ -56,6 +59,65 @@ class TemporalNetwork:
         return cells <= NODES and len(last) <= 2 * shorter and last.dtype == maps[members[0]].dtype
 
 
+def _best(similarity: Map, count: int) -> Int64[np.ndarray, "rows best"]:
+    """The most similar columns of each row, best first.
+
+    Equal ones keep their order, unlike in the published sort, where it depends on the machine.
+    """
+    left, rows = similarity.copy(), np.arange(len(similarity))
+    found = np.empty((len(left), min(count, left.shape[1])), np.int64)
+    for place in range(found.shape[1]):  # a few sweeps cost less than sorting long rows
+        found[:, place] = left.argmax(axis=1)
+        left[rows, found[:, place]] = -np.inf
+    return found
+
+
+class _Links:
+    """The links of one map in lists, follower by follower, as predecessors lie in the arrays.
+
+    Sums are of NumPy's scalars: they round as the arrays do.
+    """
+
+    def __init__(self, weight: np.ndarray, source: Callable[[Any, Any], tuple[Any, Any]]) -> None:
+        rows, ranks, _ = weight.shape
+        places = np.argwhere(np.isfinite(weight))
+        row, column = source(places[:, 0], places[:, 2])
+        self.sources = (row * ranks + column).tolist()
+        self.weights = list(weight[tuple(places.T)])
+        followers = places[:, 0] * ranks + places[:, 1]
+        first = np.flatnonzero(np.diff(followers, prepend=-1))
+        ends = np.append(first, len(followers))[1:]
+        named = followers[first]
+        self.groups = list(zip(named.tolist(), first.tolist(), ends.tolist(), strict=True))
+        self.zero = weight.dtype.type(0)
+        self.parents = [-1] * (rows * ranks)  # the link, not the node
+
+    def longest(self) -> list[int]:
+        """Nodes at which the longest paths end; none where no path is longer than 0."""
+        total = [self.zero] * len(self.parents)
+        weights, sources = self.weights, self.sources
+        most = self.zero
+        for node, first, end in self.groups:
+            best, parent = self.zero, -1
+            for link in range(first, end):
+                length = total[sources[link]] + weights[link]
+                # The first of equal ones; a negative path is worse than none, one of 0 is not.
+                if length > best or (parent < 0 and length == best):
+                    best, parent = length, link
+            self.parents[node] = parent
+            total[node] = best
+            most = max(most, best)
+        return [node for node, length in enumerate(total) if length == most] if most > 0 else []
+
+    def take(self, end: int) -> list[int]:
+        """Nodes of the longest path to here, whose links weigh nothing from now on."""
+        path = [end]
+        while (link := self.parents[path[-1]]) >= 0:
+            self.weights[link] = self.zero
+            path.append(self.sources[link])
+        return path[::-1]
+
+
 @dataclass
 class _Graphs:
     """Graphs of several maps of one precision, padded to one shape."""
@@ -71,8 +133,7 @@ class _Graphs:
         self.reference = np.full(shape, NOWHERE)
         similarity = np.full(shape, -np.inf, self.maps[0].dtype)
         for number, own in enumerate(self.maps):
-            # Stable, unlike the published sort: equal similarities keep the frames' order.
-            best = np.argsort(-own, axis=1, kind="stable")[:, : self.settings.tn_top_k]
+            best = _best(own, self.settings.tn_top_k)
             self.reference[number, : len(own), : best.shape[1]] = best
             similarity[number, : len(own), : best.shape[1]] = np.take_along_axis(own, best, 1)
         self._link(similarity)
@@ -110,6 +171,8 @@ class _Graphs:
     def segments(self) -> list[list[list[int]]]:
         """Boxes of each map."""
         count, rows, ranks = self.reference.shape
+        if np.isfinite(self.weight).sum() <= THIN * count * rows:
+            return [self._thin_segments(number) for number in range(count)]
         before = self.settings.tn_max_step - 1  # empty rows in front
         total = np.zeros((count, before + rows, ranks), self.weight.dtype)
         parent = np.full((count, rows, ranks), -1)
@@ -131,6 +194,24 @@ class _Graphs:
             if not active:
                 break
             first, last = min(changed), max(changed)
+        return found
+
+    def _thin_segments(self, number: int) -> list[list[int]]:
+        """Boxes of a map with few links, which are visited one by one."""
+        ranks = self.reference.shape[2]
+        links = _Links(self.weight[number], self._source)
+        order: dict[int, int] = {}
+        found: list[list[int]] = []
+        for _ in range(self.settings.max_path + 1):
+            ends = links.longest()
+            if len(ends) > 1 and not order:
+                order = self._topological(number)
+            path = links.take(min(ends, key=lambda end: order.get(end, 0))) if ends else []
+            if not path:
+                break
+            box = self._judged(number, [divmod(node, ranks) for node in path], found)
+            if box is not None:
+                found.append(box)
         return found
 
     def _longest(self, total: np.ndarray, parent: np.ndarray, first: int, last: int) -> None:
@@ -176,8 +257,8 @@ class _Graphs:
             path.append(node)
         return path[::-1]
 
-    def _source(self, row: int, slot: int) -> tuple[int, int]:
-        """Row and rank of a node's predecessor."""
+    def _source(self, row: Any, slot: Any) -> tuple[Any, Any]:
+        """Row and rank of a node's predecessor, or of several."""
         back, rank = divmod(slot, self.reference.shape[2])
         return row - (self.settings.tn_max_step - 1) + back, rank
 

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float32
 
-from m2jax.tasks.video import align, arrays, maps
+from m2jax.tasks.video import align, arrays, keyframes, maps
 from m2jax.tasks.video.align import Aligner
-from m2jax.tasks.video.library import Library, features_file
+from m2jax.tasks.video.library import Library, edges, features_file
+from m2jax.tasks.video.pattern import Keyframes
 from m2jax.tasks.video.vectors import Hits, Vectors, reference_maps
 
 NEAREST = 20  # stored frames per frame of the query; the released SPD masks maps alike
@@ -45,6 +46,7 @@ def search(
     full_maps: bool = False,
     rescale: bool = True,
     leave_out: str = "",
+    choose: Keyframes | None = None,
 ) -> list[Match]:
     """Finds copied segments.
 
@@ -60,10 +62,15 @@ def search(
         rescale: put the library's background at 0, so that thresholds mean the same for all models
             (our choice; see ``library.build``).
         leave_out: a video of the library that is not looked at: the query itself.
+        choose: keyframes of the query, where the library holds keyframes.
 
     Returns:
         Matches, the most similar video's first.
     """
+    query = np.arange(len(features) + 1.0)
+    if choose is not None:
+        kept = choose(features)
+        query, features = keyframes.edges(kept, len(features)), features[kept]
     hits = vectors.search(features, nearest, library.kind)
     lengths = [video.frames for video in library.videos]
     background = library.background if rescale else 0.0
@@ -73,14 +80,13 @@ def search(
     found = [sparse[number] for number in ranked]
     if full_maps:
         found = [_full(folder, number, features, background) for number in ranked]
-    boxes = align.align(method, found, end_exclusive=True)
     matches = []
-    for number, similarity, segments in zip(ranked, found, boxes, strict=True):
-        name = library.videos[number].name
-        for q0, r0, q1, r1 in segments.tolist():
+    for number, similarity, segments in zip(ranked, found, align.spans(method, found), strict=True):
+        times = keyframes.in_time(segments, query, edges(folder, library, number)) / library.rate
+        first, last = np.floor(segments[:, :2]).astype(int), np.ceil(segments[:, 2:]).astype(int)
+        for (q0, r0), (q1, r1), (a, c, b, d) in zip(first, last, times.tolist(), strict=True):
             best = similarity[q0:q1, r0:r1].max(axis=1)
-            a, b, c, d = (edge / library.rate for edge in (q0, q1, r0, r1))
-            matches.append(Match(name, a, b, c, d, float(best.mean())))
+            matches.append(Match(library.videos[number].name, a, b, c, d, float(best.mean())))
     return matches
 
 

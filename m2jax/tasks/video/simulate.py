@@ -22,6 +22,8 @@ from m2jax.config import UserError
 Frames = UInt8[np.ndarray, "frames height width 3"]
 Edit = Callable[[Image.Image, np.random.Generator], Image.Image]
 
+SHORTEST = 8  # frames of a copied piece, at least
+
 
 class Segment(NamedTuple):
     """Frames of the query that come from frames of a reference; ends are exclusive."""
@@ -140,7 +142,7 @@ def simulate(
     kinds: Sequence[str],
     rng: np.random.Generator,
     *,
-    shortest: int = 8,
+    shortest: int = SHORTEST,
 ) -> Query:
     """A query with one copied piece of each reference.
 

@@ -177,3 +177,33 @@ def test_half_precision_maps_are_read_in_float32():
     found = align.align("DP", [half])[0]
     assert found.tolist() == align.align("DP", [half.astype(np.float32)])[0].tolist()
     assert dataclasses.asdict(align.BENCHMARK["DP"])["discontinue"] == 9
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(MAPS, min_size=1, max_size=4), SETTINGS["TN"])
+def test_links_one_by_one_are_the_same_as_in_arrays(several, chosen):
+    method = align.with_settings("TN", chosen)
+    with pytest.MonkeyPatch.context() as patch:
+        found = []
+        for thin in (-1, 10**9):
+            patch.setattr(network, "THIN", thin)
+            found.append([own.tolist() for own in align.align(method, several)])
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("count", [1, 3, 50])
+def test_the_best_columns_are_those_of_a_stable_sort(count):
+    values = np.random.default_rng(0).integers(-2, 5, (40, 30)).astype(np.float32)
+    expected = np.argsort(-values, axis=1, kind="stable")[:, :count]
+    np.testing.assert_array_equal(network._best(values, count), expected)
+
+
+def test_spans_are_the_same_with_ends_exclusive():
+    one = similarity(1, 40, 50, 0, np.float32)
+    (spans,) = align.spans("TN", [one])
+    assert spans.dtype == np.float64
+    (over,) = align.align("TN", [one], end_exclusive=True)
+    np.testing.assert_array_equal(spans, over)
+    rounded = np.array([[0.4, 1.6, 9.6, 12.2], [3.4, 0, 3.3, 9]])
+    assert align.whole(rounded, end_exclusive=True).tolist() == [[0, 2, 10, 12]]
+    assert align.whole(rounded, end_exclusive=False).tolist() == [[0, 2, 9, 11]]

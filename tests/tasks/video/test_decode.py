@@ -2,6 +2,7 @@
 """Frames come at their time whatever the file's own rate; what is no video is named."""
 
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -104,3 +105,39 @@ def test_a_missing_library_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(UserError, match=r'needs PyAV: pip install "m2jax\[video\]"'):
         decode.check()
+
+
+def test_an_avi_with_empty_frames_is_whole(tmp_path):
+    """Such frames repeat the one before: OpenCV's tree.avi has 68 of 444."""
+    frames, times = scenes(1, 4), [0, 1, 4, 5]
+    clip = write_clip(tmp_path / "a.avi", frames, times=times, rate=100)
+    assert looks_like(decode.frames(clip, 1), frames) == [0, 1, 1, 1, 2, 3]
+    data = clip.read_bytes()
+    clip.write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match="truncated, copy it again"):
+        list(decode.frames(clip, 1))
+
+
+@pytest.mark.parametrize(
+    "times", [[0, 0.1, 0.07, 0.13], [0.07, 0, 0.13, 0.1], [0.2, 0.1, 0, 0.3, 0.6, 0.5, 0.4]]
+)
+def test_frames_out_of_order_are_put_in_order(times):
+    """Decoders give those of files that hide their B frames so: OpenCV's box.mp4."""
+    made = [SimpleNamespace(time=t, width=8, height=8, duration=None) for t in times]
+    container = SimpleNamespace(decode=lambda stream: iter(made))
+    stream = SimpleNamespace(average_rate=10)
+    found = list(decode._timed("x", container, stream))
+    assert [frame.time for frame, _ in found] == sorted(times)
+    np.testing.assert_allclose([time for _, time in found], np.sort(times) - min(times))
+
+
+def test_raw_frames_run_evenly_and_late_ones_are_passed_over():
+    made = [SimpleNamespace(time=None, width=8, height=8, duration=None) for _ in range(6)]
+    stream = SimpleNamespace(average_rate=10)
+    container = SimpleNamespace(decode=lambda stream: iter(made))
+    found = [time for _, time in decode._timed("x", container, stream)]
+    np.testing.assert_allclose(found, np.arange(6) / 10)
+    times = [*np.arange(10) / 10, 0.2, 1.0]  # one comes far too late
+    made[:] = [SimpleNamespace(time=t, width=8, height=8, duration=None) for t in times]
+    found = [time for _, time in decode._timed("x", container, stream)]
+    np.testing.assert_allclose(found, np.arange(11) / 10)
