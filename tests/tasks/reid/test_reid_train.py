@@ -261,6 +261,7 @@ def market(root):
     return root
 
 
+@pytest.mark.slow
 def test_the_verb(tmp_path, capsys, monkeypatch):
     """Market-1501's layout in, a model out, figures of it, and its features by m2jax embed."""
     root = market(tmp_path / "market")

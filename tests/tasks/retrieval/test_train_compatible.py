@@ -182,6 +182,7 @@ def test_other_methods_add_their_loss_and_leave_the_adversary(method):
     assert not task.frozen("projection.kernel")
 
 
+@pytest.mark.slow
 def test_a_model_comes_out_that_finds_old_vectors(tmp_path):
     """Trained against the old vectors new ones lie near them; trained alone they do not."""
     data, cosines = labelled(), {}
@@ -312,6 +313,7 @@ def test_a_share_of_the_classes_is_always_the_same():
         training_sets.some_classes(labelled(), 0.0)
 
 
+@pytest.mark.slow
 def test_the_verb(tmp_path, capsys):
     """A first model, one that searches its vectors, and the same from stored vectors alone."""
     root = market(tmp_path / "market")
