@@ -29,6 +29,23 @@ def best(
     return np.where(np.isfinite(found), found, middle).astype(np.float32)
 
 
+def crossed(
+    scores: Float[np.ndarray, "sentences classes"], shown: Bool[np.ndarray, "sentences classes"]
+) -> Bool[np.ndarray, "sentences classes"]:
+    """What the thresholds of one half find in the other half, both ways.
+
+    A figure of thresholds on the sentences that they were chosen on says how well they fit, not
+    how well they find. Sentences stand in random order; one alone is its own half.
+    """
+    half = len(scores) // 2
+    if not half:
+        return scores > best(scores, shown)
+    first, second = slice(half), slice(half, None)
+    return np.concatenate(
+        [scores[a] > best(scores[b], shown[b]) for a, b in ((first, second), (second, first))]
+    )
+
+
 def _of_label(scores: np.ndarray, shown: np.ndarray) -> float:
     order = np.argsort(-scores, kind="stable")
     ranked, right = scores[order], shown[order].cumsum()
@@ -36,6 +53,8 @@ def _of_label(scores: np.ndarray, shown: np.ndarray) -> float:
     f1 = 2 * right / (taken + shown.sum())
     f1[:-1][ranked[:-1] == ranked[1:]] = -1  # equal scores are not parted
     last = int(f1.argmax())
+    # Below the last one that counts, as float32 has numbers: less 1e-6 is a score of 100 still.
+    under = np.nextafter(np.float32(ranked[last]), np.float32(-np.inf))
     if last + 1 == len(ranked):
-        return float(ranked[-1]) - 1e-6
-    return float((ranked[last] + ranked[last + 1]) / 2)
+        return float(under)
+    return float(min(np.float32((ranked[last] + ranked[last + 1]) / 2), under))

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,10 @@ class Steps:
     tau: float = 0.0  # taken off after training
     place_filter: bool = True
     merge: Merge = "best"
+
+    def __post_init__(self) -> None:
+        if not (self.tau >= 0 and math.isfinite(self.tau)):
+            raise UserError(f"--tau {self.tau}: must be a number not below 0")
 
 
 class Result(NamedTuple):

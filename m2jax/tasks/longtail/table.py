@@ -101,7 +101,8 @@ class Codes:
         for row in rows:
             if row.label not in place:
                 raise UserError(
-                    f"--table: class {row.label!r} of {row.file.name}: unknown: train it"
+                    f"--table: class {row.label!r} of {row.file.name}: unknown: train it, or take "
+                    "the column of classes out"
                 )
         return np.array([place[row.label] for row in rows], np.int64)
 

@@ -147,7 +147,10 @@ def test_ensembles_weigh_their_models():
     for models, weights, match in (
         ([], [], "0 weights"),
         ([first, second], [1], "1 weights for 2"),
-        ([first, second], [1, -1], "give one each"),
+        ([first, second], [1, -1], "not below 0"),
+        ([first, second], [0, 0], "one above it"),
+        ([first, second], [1, float("nan")], "not below 0"),
+        ([first, second], [1, float("inf")], "not below 0"),
         ([first, np.ones((2, 2))], [], "other images or classes"),
     ):
         with pytest.raises(UserError, match=match):
@@ -251,7 +254,10 @@ def test_every_loss_trains(tail, change):
 
 
 def test_settings_that_cannot_be_are_refused():
-    for broken in ({"side": "late"}, {"loss": "focal"}, {"keep": 0.0}, {"epochs": 0}):
+    for broken in (
+        *({"side": "late"}, {"loss": "focal"}, {"keep": 0.0}, {"epochs": 0}, {"seed": -1}),
+        *({"tau": float("nan")}, {"tau": -1.0}, {"contrast": -0.1}, {"contrast": float("inf")}),
+    ):
         with pytest.raises(UserError):
             Settings(**broken)
     assert Settings().trained_adjustment

@@ -126,6 +126,9 @@ def test_shares_are_not_taken_off_twice(model, trained, tmp_path, capsys):
         (["--merge", "worst"], "use one of best, vote, mean"),
         (["--weights", "a"], "write numbers"),
         (["--weights", "1,2", "--one-view"], "2 weights for 1 models"),
+        (["--weights", "nan", "--one-view"], "not below 0, one above it"),
+        (["--tau", "nan"], "--tau nan: must be a number not below 0"),
+        (["--tau", "-3"], "--tau -3.0: must be a number not below 0"),
         (["--classifier", "none"], "name a folder made by longtail train"),
         (["--batch-size", "0"], "must be at least 1"),
     ],
@@ -134,6 +137,15 @@ def test_bad_input_is_one_line_and_leaves_nothing(model, trained, tmp_path, caps
     assert predict(model, trained, tmp_path, *extra) == 2
     shown = capsys.readouterr().err.splitlines()
     assert message in shown[-1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_class_and_one_file_for_both_are_refused_first(model, trained, tmp_path, capsys):
+    (trained / "zebra.csv").write_text(f"{HEADER}\n1,,Narnia,XX,zebra,none.png\n")
+    assert predict(model, trained, tmp_path, "--table", str(trained / "zebra.csv")) == 2
+    assert "class 'zebra' of none.png: unknown" in capsys.readouterr().err
+    assert predict(model, trained, tmp_path, "--html", str(tmp_path / "x.json")) == 2
+    assert "is --out too" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
