@@ -125,7 +125,7 @@ def run_predict(args: argparse.Namespace) -> int:
     steps = recipe.Steps(kinds, tau, not args.no_filter, args.merge)
     told = all(row.label for row in rows)
     if told:
-        classifiers[0].codes.labels(rows)  # refuses a class of none before the long work
+        recipe.truth_of(classifiers[0], rows)  # refused before the long work
     load_devices()
     model = bundle.load(args.model)
     found = recipe.predict(
