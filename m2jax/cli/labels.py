@@ -124,7 +124,7 @@ def train(args: argparse.Namespace) -> int:
     )
     if (others := len(words) - report["own_thresholds"]) > 0:
         print(
-            f"{others:,} labels take the median of the others' thresholds: fewer than "
+            f"{others:,} labels have no threshold of their own, as fewer than "
             f"{thresholds.FEWEST} held-out sentences name them",
             file=sys.stderr,
         )

@@ -19,13 +19,15 @@ def best(
 ) -> Float[np.ndarray, " classes"]:
     """The threshold with the highest F1 of each label, halfway between two scores.
 
-    A label that fewer than ``FEWEST`` sentences name takes the median of the others' (the middle of
-    all scores where there are none).
+    A label that fewer than ``FEWEST`` sentences name takes the median of the others'. Where there
+    are none, as with ten thousand labels, all take the one that is best for all labels together.
     """
     found = np.full(scores.shape[1], np.nan)
     for label in np.flatnonzero(shown.sum(axis=0) >= FEWEST):
         found[label] = _of_label(scores[:, label], shown[:, label])
-    middle = np.nanmedian(found) if np.isfinite(found).any() else np.median(scores)
+    if not np.isfinite(found).any():
+        return np.full(scores.shape[1], _of_label(scores.ravel(), shown.ravel()), np.float32)
+    middle = np.nanmedian(found)
     return np.where(np.isfinite(found), found, middle).astype(np.float32)
 
 

@@ -157,6 +157,16 @@ def test_a_threshold_parts_scores_that_lie_side_by_side():
         assert (scores > everything).all()
 
 
+def test_labels_named_too_rarely_share_one_threshold():
+    scores = np.random.default_rng(0).normal(size=(40, 60)).astype(np.float32)
+    shown = np.zeros((40, 60), bool)
+    shown[np.arange(40), np.arange(40)] = True
+    scores[shown] += 9
+    found = thresholds.best(scores, shown)
+    assert len(set(found.tolist())) == 1
+    np.testing.assert_array_equal(scores > found, shown)  # the middle of all scores takes half
+
+
 def test_a_figure_of_thresholds_is_of_sentences_that_did_not_set_them():
     rng = np.random.default_rng(2)
     scores, shown = rng.normal(size=(40, 200)), rng.random((40, 200)) < 0.1  # nothing to find
