@@ -114,6 +114,12 @@ def test_the_noun_filter_takes_longest_names_first(text, language, labels):
     assert FINDER(text, language) == labels
 
 
+def test_a_chinese_name_with_a_space_is_found_in_its_own_sentence():
+    words = vocabulary.checked([{"zh": ["泰迪 熊"]}, {"zh": ["猫"]}])
+    assert Finder(words)("图中有泰迪 熊和猫", "zh") == {0, 1}
+    assert corpus.offline(corpus.Order(words, ("zh",), 40)).report["never_named"] == []
+
+
 def test_ten_thousand_labels_are_looked_up_and_not_gone_through():
     rng = np.random.default_rng(0)
     names = sorted({"".join(rng.choice(list("abcdefgh"), 8)) for _ in range(10_000)})
