@@ -43,6 +43,7 @@ ROWS = {
     "asymmetric 0.08": replace(BASE, sigma=0.08, loss="asymmetric"),
     "bce 0.08": replace(BASE, sigma=0.08, loss="bce"),
     "both 0.08": replace(BASE, sigma=0.08),
+    "residual none": replace(BASE, sigma=0.0, kind="residual"),
     "residual 0.08": replace(BASE, sigma=0.08, kind="residual"),
     "taidpt": prompt_tuning.Recipe(),
 }

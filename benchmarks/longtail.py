@@ -20,13 +20,14 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 from code_tree import tree
 
 from m2jax import bundle
 from m2jax.data import emoji
 from m2jax.tasks.labels import features
 from m2jax.tasks.longtail import drawings, postprocess, recipe, table, views
-from m2jax.tasks.longtail.model import Settings
+from m2jax.tasks.longtail.model import Pairs, Settings
 from m2jax.tasks.longtail.recipe import Steps
 from m2jax.tasks.longtail.views import Views
 
@@ -49,6 +50,7 @@ ROWS = {
     "or: seesaw": (replace(SIDE, loss="seesaw"), ONE, False),
     "or: re-sampling": (replace(SIDE, oversample=True), ONE, False),
     "+ hardest 70 %": (replace(ADJUSTED, keep=0.7), ONE, False),
+    "or: two views' contrast": (replace(ADJUSTED, contrast=0.001), ONE, False),
     "+ views (without the hardest)": (ADJUSTED, VIEWS, False),
     "+ filter by place": (ADJUSTED, FILTER, False),
     "or: merging by vote": (ADJUSTED, replace(FILTER, merge="vote"), False),
@@ -91,9 +93,16 @@ class Bench:
         if settings not in self.cache:
             seen = self.features(self.train, Views(mirror=True))
             begin = time.monotonic()
-            made = recipe.fitted(seen, self.codes, self.train.rows, settings, model="")
+            pairs = self.pairs() if settings.contrast else None
+            made = recipe.fitted(seen, self.codes, self.train.rows, settings, model="", pairs=pairs)
             self.cache[settings] = made, time.monotonic() - begin
         return self.cache[settings]
+
+    def pairs(self):
+        """Two views of each image, those of the test too but without their classes, as there."""
+        parts = [self.features(part, Views(mirror=True)) for part in (self.train, self.test)]
+        side = self.codes.side([*self.train.rows, *self.test.rows])
+        return Pairs(np.concatenate(parts), side)
 
     def make(self, row, seed):
         """The figures of a row."""

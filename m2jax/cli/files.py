@@ -26,6 +26,19 @@ def check_parent(path: Path, flag: str) -> None:
         raise UserError(f"{flag} {path}: cannot write there: choose another folder")
 
 
+def check_outputs(out: Path, html: Path | None) -> None:
+    """``check_parent`` of a verb's two outputs, which must be two files.
+
+    Raises:
+        UserError: as ``check_parent``, or one is the other.
+    """
+    check_parent(out, "--out")
+    if html is not None:
+        check_parent(html, "--html")
+        if html.resolve() == out.resolve():
+            raise UserError(f"--html {html}: is --out too: name two files")
+
+
 def write(path: Path, fill: Callable[[IO[bytes]], Any]) -> None:
     """Writes a file through a temporary sibling, so that readers never see half of it."""
     handle, name = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.")

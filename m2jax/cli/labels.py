@@ -49,7 +49,9 @@ def _add_train(actions: Any) -> None:
     parser.add_argument("--noise", default="gaussian", help="gaussian (default), uniform, sphere")
     parser.add_argument("--sigma", type=float, default=0.04, help="size of the noise (%(default)s)")
     parser.add_argument("--loss", default="ranking", help="ranking (default), asymmetric, bce")
-    parser.add_argument("--epochs", type=int, default=20, help="(default: %(default)s)")
+    parser.add_argument(
+        "--epochs", type=int, default=20, help="at least, and 600 steps (%(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     llm = parser.add_argument_group("sentences by a language model")
     llm.add_argument(
@@ -87,14 +89,14 @@ def train(args: argparse.Namespace) -> int:
     from m2jax.checkpoint.folder import check_absent
     from m2jax.config import UserError
     from m2jax.dist.host import load_devices
-    from m2jax.tasks.labels import corpus, features, saved, vocabulary
+    from m2jax.tasks.labels import corpus, features, saved, thresholds, vocabulary
     from m2jax.tasks.labels import train as train_lib
     from m2jax.tasks.labels.adapter import Settings
 
     check_absent(args.out)
     words = vocabulary.read(args.labels)
     languages = train_lib.languages_of(words, [x for x in args.languages.split(",") if x])
-    if args.sentences < 0:
+    if args.sentences and args.sentences < 2:
         raise UserError(f"--sentences {args.sentences}: must be at least 2")
     made = {
         name: getattr(args, name)
@@ -120,6 +122,12 @@ def train(args: argparse.Namespace) -> int:
         f"{args.out}: {len(words):,} labels, {report['sentences']:,} sentences, trained in "
         f"{report['train_s']:.1f} s; on held-out sentences mAP {100 * report['text_map']:.1f}"
     )
+    if (others := len(words) - report["own_thresholds"]) > 0:
+        print(
+            f"{others:,} labels have no threshold of their own, as fewer than "
+            f"{thresholds.FEWEST} held-out sentences name them",
+            file=sys.stderr,
+        )
     if report["never_named"]:
         print(f"in no sentence: {', '.join(report['never_named'][:10])}", file=sys.stderr)
     return 0
@@ -135,9 +143,7 @@ def predict(args: argparse.Namespace) -> int:
     from m2jax.tasks.labels import predict as predict_lib
     from m2jax.tasks.labels import saved, vocabulary
 
-    for flag, path in (("--out", args.out), ("--html", args.html)):
-        if path is not None:
-            files.check_parent(path, flag)
+    files.check_outputs(args.out, args.html)
     for flag, value in (("--top", args.top), ("--batch-size", args.batch_size)):
         if value < 1:
             raise UserError(f"{flag} {value}: must be at least 1")

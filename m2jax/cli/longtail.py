@@ -53,7 +53,7 @@ def add_parser(subparsers: Any) -> None:
     predict.add_argument("--out", required=True, type=Path, metavar="FILE.json")
     predict.add_argument("--html", type=Path, metavar="FILE.html", help="a page with the images")
     predict.add_argument(
-        "--tau", type=float, default=-1.0, help="taken off the logits of --loss plain (0.7 there)"
+        "--tau", type=float, help="taken off the logits of --loss plain (0.7 there)"
     )
     predict.add_argument("--one-view", action="store_true", help="no scales, crops and mirrors")
     predict.add_argument("--no-filter", action="store_true", help="allow every class everywhere")
@@ -112,9 +112,7 @@ def run_predict(args: argparse.Namespace) -> int:
     from m2jax.tasks.longtail import page, recipe, saved, table
     from m2jax.tasks.longtail.views import FULL, Views
 
-    for flag, path in (("--out", args.out), ("--html", args.html)):
-        if path is not None:
-            files.check_parent(path, flag)
+    files.check_outputs(args.out, args.html)
     _check_batch(args)
     if args.merge not in ("best", "vote", "mean"):
         raise UserError(f"--merge {args.merge}: use one of best, vote, mean")
@@ -122,16 +120,19 @@ def run_predict(args: argparse.Namespace) -> int:
     classifiers = [saved.read(path) for path in args.classifier]
     rows = table.read(args.table, args.images, labelled=False)
     plain = all(not each.settings.trained_adjustment for each in classifiers)
-    tau = args.tau if args.tau >= 0 else recipe.TAU if plain else 0.0
+    tau = args.tau if args.tau is not None else recipe.TAU if plain else 0.0
     kinds = Views() if args.one_view else FULL
     steps = recipe.Steps(kinds, tau, not args.no_filter, args.merge)
+    told = all(row.label for row in rows)
+    if told:
+        recipe.truth_of(classifiers[0], rows)  # refused before the long work
     load_devices()
     model = bundle.load(args.model)
     found = recipe.predict(
         model, classifiers, rows, steps, weights=weights, batch=args.batch_size, show=True
     )
     content = recipe.as_json(classifiers[0], found, rows)
-    if all(row.label for row in rows):
+    if told:
         content["figures"] = recipe.figures(classifiers[0], found, rows)
     text = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
     files.write(args.out, lambda file: file.write(text.encode()))

@@ -80,7 +80,8 @@ def read(directory: Path, layout: Layout) -> tuple[dict[str, Any], dict[str, np.
         raise UserError(
             f"{directory}: {error.strerror or error}: name a folder made by {layout.maker}"
         ) from error
-    except (ValueError, RecursionError, SafetensorError) as error:
+    except (ValueError, RecursionError, SafetensorError, AttributeError, KeyError) as error:
+        # The last two: a number format that numpy has no name for.
         raise UserError(f"{directory}: damaged ({error}): copy it again") from error
     if not isinstance(card, dict) or card.get("format") != layout.version:
         raise UserError(f"{file}: another format: use the m2jax that made it")

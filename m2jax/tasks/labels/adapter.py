@@ -9,6 +9,7 @@ loss and schedule are not known; they are settings here, and the defaults are ou
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple, get_args, get_type_hints
@@ -58,6 +59,10 @@ class Settings:
             raise UserError(f"share={self.share}: must be at least 0 and below 1")
         if self.sigma < 0 or self.learning_rate <= 0 or self.hidden < 0:
             raise UserError("sigma, hidden: not below 0; learning_rate: above 0")
+        if not (math.isfinite(self.sigma) and math.isfinite(self.learning_rate)):
+            raise UserError("sigma, learning_rate: must be finite numbers")
+        if not 0 <= self.seed < 2**31:
+            raise UserError(f"seed={self.seed}: must be at least 0 and below 2^31")
 
 
 class Trained(NamedTuple):

@@ -7,7 +7,9 @@ else (a redirect is refused), and is never written.
 
 from __future__ import annotations
 
+import http.client
 import json
+import math
 import os
 import time
 import urllib.error
@@ -55,14 +57,14 @@ class ChatClient:
     _next: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
-        parts = urllib.parse.urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UserError(f"--llm {self.url}: no http address: write https://HOST/v1")
+        parts = _parts(self.url)
+        if parts is None:
+            raise UserError(f"--llm {self.url!r}: no http address: write https://HOST/v1")
         if parts.username or parts.password or parts.query:
             raise UserError(
                 f"--llm: the address holds a password or a query: put the key in ${self.key_env}"
             )
-        if self.per_minute <= 0:
+        if not (self.per_minute > 0 and math.isfinite(self.per_minute)):
             raise UserError(f"--llm-per-minute {self.per_minute}: must be above 0")
         self._opener = urllib.request.build_opener(_NoRedirect)
 
@@ -107,8 +109,11 @@ class ChatClient:
 
     def _post(self, body: dict[str, Any]) -> bytes:
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
-        key = os.environ.get(self.key_env, "")
+        key = os.environ.get(self.key_env, "").strip()  # of the file that it was read from
         if key:
+            # The library would refuse it too, in a message that shows it.
+            if not (key.isascii() and key.isprintable()):
+                raise UserError(f"${self.key_env}: holds characters that no key has: set it anew")
             headers["Authorization"] = f"Bearer {key}"
         request = urllib.request.Request(
             f"{self.url.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers
@@ -124,9 +129,10 @@ class ChatClient:
                     f"--llm {self.url}: HTTP {error.code}: check the address, --llm-model and the "
                     f"key in ${self.key_env}"
                 ) from error
-        except (OSError, ValueError) as error:  # no route, refused, timed out, broken off
-            reason = getattr(error, "reason", error)
-            raise _Busy(str(reason), 0.0) from error
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            # No route, refused, timed out, broken off, no HTTP.
+            reason = str(getattr(error, "reason", error)).strip()
+            raise _Busy(reason or type(error).__name__, 0.0) from error
         if len(content) > ANSWER_BYTES:
             raise UserError(f"--llm {self.url}: an answer of over {ANSWER_BYTES:,} bytes: no chat")
         return content
@@ -146,6 +152,18 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *args: Any, **kwargs: Any) -> None:
         """None: the redirect is an error."""
         return
+
+
+def _parts(url: str) -> urllib.parse.SplitResult | None:
+    """The parts of an http address; ``None`` for what is none."""
+    if not url.isprintable() or " " in url:
+        return None
+    try:
+        parts = urllib.parse.urlsplit(url)
+        _ = parts.port  # read for its check
+    except ValueError:
+        return None
+    return parts if parts.scheme in ("http", "https") and parts.hostname else None
 
 
 def _seconds(error: urllib.error.HTTPError) -> float:

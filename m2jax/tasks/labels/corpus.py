@@ -176,9 +176,13 @@ def _check_settings(order: Order, folder: Path, source: str) -> None:
                 "another folder"
             )
         return
-    if folder.exists() and any(folder.iterdir()):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        empty = not any(folder.iterdir())
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made ({error.strerror}): name another") from error
+    if not empty:
         raise UserError(f"{folder}: holds other files: name a new folder")
-    folder.mkdir(parents=True, exist_ok=True)
     _replace(file, json.dumps(settings, ensure_ascii=False, indent=1) + "\n")
 
 
@@ -211,7 +215,7 @@ def _write_lines(file: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _replace(file: Path, text: str) -> None:
-    """Writes a file whole."""
+    """Writes a file whole; half a character of an answer as the escape that JSON has for it."""
     temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     os.replace(temporary, file)

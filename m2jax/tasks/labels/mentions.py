@@ -37,7 +37,8 @@ class Finder:
     def __call__(self, sentence: str, language: str) -> frozenset[int]:
         """Labels that a sentence of a language names."""
         if language == "zh":
-            return frozenset(_longest(list(_clean(sentence)), self._chinese, lambda units: [units]))
+            letters = list(_clean(sentence).replace(" ", ""))  # as the names are
+            return frozenset(_longest(letters, self._chinese, lambda units: [units]))
         return frozenset(_longest(words(sentence), self._english, _singular))
 
 

@@ -110,7 +110,7 @@ def fitted(
     )
     rows = scored(trained.params, moved, settings, prompts)
     limits = thresholds.best(rows, shown)
-    exact = multilabel.f1(rows > limits, shown)
+    exact = multilabel.f1(thresholds.crossed(rows, shown), shown)
     report = report | {
         "train_s": took,
         "first_loss": float(trained.losses[0]),
@@ -118,6 +118,7 @@ def fitted(
         "held_out_sentences": len(held),
         "text_map": multilabel.mean_ap(rows[:, shown.any(0)], shown[:, shown.any(0)]).map,
         "text_of1": exact.of1,
+        "own_thresholds": int((shown.sum(axis=0) >= thresholds.FEWEST).sum()),
     }
     return Saved(words, tuple(languages), settings, trained.params, prompts, limits, model, report)
 

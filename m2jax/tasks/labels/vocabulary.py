@@ -94,7 +94,7 @@ def checked(
         raise UserError(f"{where}: {len(rows):,} labels: name 2 to {MOST_LABELS:,}")
     seen: dict[str, int] = {}
     for number, row in enumerate(rows, 1):
-        if not row or not set(row) <= set(LANGUAGES):
+        if not row or not set(row) <= set(LANGUAGES) or not all(map(_is_list, row.values())):
             raise UserError(f"{where}: {unit} {number}: has no name in en or zh: give it one")
         for name in (name for names in row.values() for name in names):
             _check_name(name, f"{where}: {unit} {number}")
@@ -144,7 +144,8 @@ def _names(line: str, where: str) -> dict[str, list[str]]:
         names = [name.strip() for name in column.split("|")]
         if not all(names):
             raise UserError(f"{where}: an empty name: remove it")
-        language = "zh" if is_chinese("".join(names)) else "en"
+        # One Chinese character tells: T恤 is no English name, though half its letters are Latin.
+        language = "zh" if any(is_chinese(letter) for letter in column) else "en"
         if language in found:
             raise UserError(
                 f"{where}: two columns in one language: write name<TAB>名字, or further names "
@@ -152,6 +153,11 @@ def _names(line: str, where: str) -> dict[str, list[str]]:
             )
         found[language] = names
     return found
+
+
+def _is_list(names: object) -> bool:
+    """Whether these are names, some, and not one whose letters would be taken for names."""
+    return isinstance(names, Sequence) and not isinstance(names, str) and len(names) > 0
 
 
 def _check_name(name: str, where: str) -> None:

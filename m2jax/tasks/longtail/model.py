@@ -9,6 +9,7 @@ ones is our choice, so that a recipe trains in a minute on a CPU.
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
@@ -55,6 +56,11 @@ class Settings:
             raise UserError("keep: above 0 and up to 1; smoothing: at least 0 and below 1")
         if self.epochs < 1 or self.batch < 1 or self.learning_rate <= 0:
             raise UserError("epochs, batch: at least 1; learning_rate: above 0")
+        for name in ("tau", "contrast"):
+            if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
+                raise UserError(f"{name}={getattr(self, name)}: must be a number not below 0")
+        if not 0 <= self.seed < 2**31:
+            raise UserError(f"seed={self.seed}: must be at least 0 and below 2^31")
 
     @property
     def trained_adjustment(self) -> bool:

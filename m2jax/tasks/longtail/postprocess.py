@@ -117,11 +117,13 @@ def ensembled(
     """Weighted mean of several models' scores, of logits or of probabilities, not of both.
 
     Raises:
-        UserError: weights that are not one per model, not above 0, or shapes that differ.
+        UserError: weights that are not one per model, below 0, all 0, or shapes that differ.
     """
     weights = list(weights) or [1.0] * len(scores)
-    if not scores or len(weights) != len(scores) or min(weights) < 0 or not sum(weights):
+    if not scores or len(weights) != len(scores):
         raise UserError(f"ensemble: {len(weights)} weights for {len(scores)} models: give one each")
+    if not (min(weights) >= 0 and 0 < sum(weights) < np.inf):
+        raise UserError(f"ensemble: weights {weights}: give numbers not below 0, one above it")
     if len({each.shape for each in scores}) > 1:
         raise UserError("ensemble: models of other images or classes: predict the same with all")
     total = sum(w * s for w, s in zip(weights, scores, strict=True))

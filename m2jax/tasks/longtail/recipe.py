@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 
 from m2jax.bundle import Bundle
 from m2jax.config import UserError
@@ -38,6 +39,10 @@ class Steps:
     tau: float = 0.0  # taken off after training
     place_filter: bool = True
     merge: Merge = "best"
+
+    def __post_init__(self) -> None:
+        if not (self.tau >= 0 and math.isfinite(self.tau)):
+            raise UserError(f"--tau {self.tau}: must be a number not below 0")
 
 
 class Result(NamedTuple):
@@ -181,7 +186,8 @@ def finished(
 
 def figures(saved: Saved, result: Result, rows: Sequence[Row]) -> dict[str, float]:
     """Macro-F1 over observations, over all and by how many images training had of a class."""
-    truth = _truth(saved, result.observations, rows)
+    of = truth_of(saved, rows)
+    truth = np.array([of[str(each)] for each in result.observations.ids])
     each = multilabel.per_class_f1(result.observations.classes, truth, len(saved.codes.classes))
     there = np.isin(np.arange(len(each)), truth)
     parts: dict[str, Bool[np.ndarray, " classes"]] = {
@@ -202,12 +208,19 @@ def figures(saved: Saved, result: Result, rows: Sequence[Row]) -> dict[str, floa
     return found
 
 
-def _truth(
-    saved: Saved, observations: Observations, rows: Sequence[Row]
-) -> Int[np.ndarray, " observations"]:
-    labels = saved.codes.labels(rows)
-    of = {row.observation: int(label) for row, label in zip(rows, labels, strict=True)}
-    return np.array([of[str(each)] for each in observations.ids])
+def truth_of(saved: Saved, rows: Sequence[Row]) -> dict[str, int]:
+    """The class number of each observation.
+
+    Raises:
+        UserError: a class that training does not have, or an observation of two.
+    """
+    found: dict[str, int] = {}
+    for row, label in zip(rows, saved.codes.labels(rows), strict=True):
+        if found.setdefault(row.observation, int(label)) != label:
+            raise UserError(
+                f"--table: observation {row.observation}: its images are of two classes: mend them"
+            )
+    return found
 
 
 def as_json(saved: Saved, result: Result, rows: Sequence[Row]) -> dict[str, Any]:

@@ -66,6 +66,8 @@ def read(directory: Path) -> Saved:
     try:
         values = {name: tuple(map(str, card["values"][name])) for name in FIELDS}
         codes = Codes(tuple(map(str, card["classes"])), values)
+        if any(len(set(each)) < len(each) for each in (codes.classes, *values.values())):
+            raise ValueError("a name twice")
         settings = Settings(**card["settings"])
         fingerprint, report = str(card["model"]), dict(card["report"])
         counts, allowed = tensors.pop("counts"), tensors.pop("allowed") != 0

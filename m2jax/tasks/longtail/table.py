@@ -59,21 +59,22 @@ def read(path: Path, images: Path | None = None, *, labelled: bool) -> list[Row]
         raise UserError(f"--table {path}: not UTF-8: save it in that encoding") from None
     reader = csv.reader(io.StringIO(text))
     try:
-        header = [_key(name) for name in next(reader, [])]
-        found = [
-            _row(dict(zip(header, values, strict=False)), path, images or path.parent, line)
-            for line, values in enumerate(reader, 2)
-            if values and _whole(values, header, path, line)
+        header = _header(next(reader, []), path)
+        cells = [
+            (_whole(values, header, path, reader.line_num), reader.line_num)
+            for values in reader
+            if values
         ]
     except csv.Error as error:
         raise UserError(f"--table {path}: no CSV ({error}): save it as one") from error
-    for name in ("filepath", "observationid"):
-        if name not in header:
-            raise UserError(f"--table {path}: has no column {name}: add it")
-    if not found:
+    if not cells:
         raise UserError(f"--table {path}: holds no image: add rows")
-    for line, row in enumerate(found, 2):
-        if labelled and not row.label:
+    # One column for the whole table: a species by number here and by name there would be two.
+    column = next((name for name in _ASIDE if any(row.get(name) for row, _ in cells)), "")
+    found = []
+    for row, line in cells:
+        found.append(_row(row, column, images or path.parent, f"--table {path}: line {line}"))
+        if labelled and not found[-1].label:
             raise UserError(f"--table {path}: line {line}: has no class: fill in class_id")
     return found
 
@@ -100,7 +101,8 @@ class Codes:
         for row in rows:
             if row.label not in place:
                 raise UserError(
-                    f"--table: class {row.label!r} of {row.file.name}: unknown: train it"
+                    f"--table: class {row.label!r} of {row.file.name}: unknown: train it, or take "
+                    "the column of classes out"
                 )
         return np.array([place[row.label] for row in rows], np.int64)
 
@@ -142,30 +144,37 @@ def codes(rows: Sequence[Row]) -> Codes:
     return Codes(classes, values)
 
 
-def _row(cells: Mapping[str, str], path: Path, images: Path, line: int) -> Row:
-    where = f"--table {path}: line {line}"
-    if "filepath" not in cells:
-        raise UserError(f"--table {path}: has no column file_path: add it")
-    if "observationid" not in cells:
-        raise UserError(f"--table {path}: has no column observation_id: add it")
-    observation = cells["observationid"].strip()
+def _row(cells: Mapping[str, str], column: str, images: Path, where: str) -> Row:
+    observation = cells["observationid"]
     if not observation:
         raise UserError(f"{where}: has no observation id: give the image one of its own")
-    endemic = cells.get("endemic", "").strip().lower()
+    endemic = cells.get("endemic", "").lower()
     if endemic not in TRUTH:
         raise UserError(f"{where}: endemic is {endemic[:20]!r}: write true or false, or nothing")
-    side = {field: cells.get(field, "").strip() for field in ("code", "country")}
-    label = next((cells[name].strip() for name in _ASIDE if cells.get(name, "").strip()), "")
-    file = records.inside(images, cells["filepath"].strip(), where)
-    return Row(file, observation, side | {"endemic": TRUTH[endemic]}, label)
+    side = {field: cells.get(field, "") for field in ("code", "country")}
+    file = records.inside(images, cells["filepath"], where)
+    return Row(file, observation, side | {"endemic": TRUTH[endemic]}, cells.get(column, ""))
 
 
-def _whole(values: Sequence[str], header: Sequence[str], path: Path, line: int) -> bool:
+def _header(names: Sequence[str], path: Path) -> list[str]:
+    """The columns' names; refuses a table without those that it must have, and one name twice."""
+    found = [_key(name) for name in names]
+    for name in ("file_path", "observation_id"):
+        if _key(name) not in found:
+            raise UserError(f"--table {path}: has no column {name}: add it")
+    for name, key in zip(names, found, strict=True):
+        if found.count(key) > 1:
+            raise UserError(f"--table {path}: two columns are called {name.strip()!r}: remove one")
+    return found
+
+
+def _whole(values: Sequence[str], header: Sequence[str], path: Path, line: int) -> dict[str, str]:
+    """The cells of a row by column."""
     if len(values) != len(header):
         raise UserError(
             f"--table {path}: line {line}: {len(values)} cells under {len(header)} columns: mend it"
         )
-    return True
+    return dict(zip(header, map(str.strip, values), strict=True))
 
 
 def _key(name: str) -> str:

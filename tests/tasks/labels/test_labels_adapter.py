@@ -112,6 +112,10 @@ def test_targets_are_spread_out_of_lists():
         ("epochs", 0, "epochs=0: must be at least 1"),
         ("share", 1.0, "below 1"),
         ("sigma", -1.0, "not below 0"),
+        ("sigma", float("nan"), "finite"),
+        ("learning_rate", float("inf"), "finite"),
+        ("seed", -1, "seed=-1: must be at least 0"),
+        ("seed", 2**70, "below 2.31"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(field, value, match):
@@ -141,6 +145,38 @@ def test_the_best_threshold_is_the_best_of_all():
         limits = [*scores[:, label], scores[:, label].min() - 1]
         assert f1(found[label]) == pytest.approx(max(map(f1, limits)))
     assert found[3] == pytest.approx(np.median(found[:3]))
+
+
+def test_a_threshold_parts_scores_that_lie_side_by_side():
+    for high in np.float32(np.random.default_rng(0).uniform(1, 100, 50)):
+        low = np.nextafter(high, np.float32(0))
+        scores = np.array([[high]] * 3 + [[low]] * 2)
+        found = thresholds.best(scores, scores == high)
+        np.testing.assert_array_equal(scores > found, scores == high)
+        everything = thresholds.best(scores, np.ones_like(scores, bool))
+        assert (scores > everything).all()
+
+
+def test_labels_named_too_rarely_share_one_threshold():
+    scores = np.random.default_rng(0).normal(size=(40, 60)).astype(np.float32)
+    shown = np.zeros((40, 60), bool)
+    shown[np.arange(40), np.arange(40)] = True
+    scores[shown] += 9
+    found = thresholds.best(scores, shown)
+    assert len(set(found.tolist())) == 1
+    np.testing.assert_array_equal(scores > found, shown)  # the middle of all scores takes half
+
+
+def test_a_figure_of_thresholds_is_of_sentences_that_did_not_set_them():
+    rng = np.random.default_rng(2)
+    scores, shown = rng.normal(size=(40, 200)), rng.random((40, 200)) < 0.1  # nothing to find
+    fitted = multilabel.f1(scores > thresholds.best(scores, shown), shown).of1
+    found = multilabel.f1(thresholds.crossed(scores, shown), shown).of1
+    assert fitted > 0.24
+    assert found < 0.2  # of all labels everywhere it is 0.18
+    expected = scores[:20] > thresholds.best(scores[20:], shown[20:])
+    np.testing.assert_array_equal(thresholds.crossed(scores, shown)[:20], expected)
+    assert thresholds.crossed(scores[:1], shown[:1]).shape == (1, 200)
 
 
 @pytest.fixture
@@ -186,13 +222,18 @@ def test_a_damaged_folder_is_one_line(made, tmp_path):
         with pytest.raises(UserError, match=match) as error:
             saved.read(tmp_path / "a")
         assert "\n" not in str(error.value)
-    (tmp_path / "a" / saved.LAYOUT.weights).write_bytes(b"x" * 20)
-    with pytest.raises(UserError, match="damaged"):
-        saved.read(tmp_path / "a")
+    header = b'{"w1":{"dtype":"F8_E4M3","shape":[2],"data_offsets":[0,2]}}'
+    for content in (b"x" * 20, len(header).to_bytes(8, "little") + header + b"\0\0"):
+        (tmp_path / "a" / saved.LAYOUT.weights).write_bytes(content)
+        with pytest.raises(UserError, match="damaged"):
+            saved.read(tmp_path / "a")
 
 
-def test_the_report_of_a_training_tells_held_out_figures(made):
+def test_the_report_of_a_training_tells_held_out_figures(made, world):
     assert made.report["held_out_sentences"] == 40
     assert 0 <= made.report["text_of1"] <= 1
     assert 0 < made.report["text_map"] <= 1
+    held = [world[1][i] for i in train._split(400, SHORT.seed)[1]]
+    named = train.shown_matrix(held, CLASSES).sum(axis=0)
+    assert made.report["own_thresholds"] == (named >= thresholds.FEWEST).sum()
     assert made.thresholds.shape == (CLASSES,)

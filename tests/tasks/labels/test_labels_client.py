@@ -3,6 +3,7 @@
 
 import http.server
 import json
+import socket
 import threading
 
 import pytest
@@ -125,7 +126,44 @@ def test_a_server_that_stays_busy_or_is_not_there_is_given_up(server):
         made("http://127.0.0.1:9/v1", tries=2)[0](PROMPT)
 
 
-@pytest.mark.parametrize("url", ["file:///etc/passwd", "ftp://x/v1", "x", "http://", "gopher://x"])
+@pytest.mark.parametrize("reply", [b"garbage\r\n\r\n", b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 200])
+def test_a_server_that_speaks_no_http_is_one_line(reply):
+    def serve(listening):
+        connection, _ = listening.accept()
+        with connection:
+            connection.recv(65536)
+            connection.sendall(reply)
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=serve, args=(listening,))
+        thread.start()
+        with pytest.raises(UserError, match="1 times: try later") as error:
+            made(f"http://127.0.0.1:{listening.getsockname()[1]}/v1", tries=1)[0](PROMPT)
+        thread.join()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["sk-secret\r\n", " sk-secret"])
+def test_space_around_a_key_is_no_part_of_it(server, monkeypatch, key):
+    monkeypatch.setenv("MY_KEY", key)
+    Server.replies = [said("hello")]
+    assert made(server, key_env="MY_KEY")[0](PROMPT) == "hello"
+    assert Server.seen[0][1]["Authorization"] == "Bearer sk-secret"
+
+
+@pytest.mark.parametrize("key", ["sk-se\ncret", "sk-sécret", "sk-se\x1bcret"])
+def test_a_key_that_cannot_be_sent_is_refused_and_not_shown(monkeypatch, key):
+    monkeypatch.setenv("MY_KEY", key)
+    with pytest.raises(UserError, match=r"\$MY_KEY: holds characters that no key has") as error:
+        made("http://127.0.0.1:9/v1", key_env="MY_KEY")[0](PROMPT)
+    assert "sk-" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["file:///etc/passwd", "ftp://x/v1", "x", "http://", "gopher://x", "http://[::1",
+     "http://host:port/v1", "http://host/v 1", "http://host/v1\n", "http://host:99999/v1"],
+)  # fmt: skip
 def test_only_http_is_spoken(url):
     with pytest.raises(UserError, match="no http address"):
         made(url)
@@ -136,3 +174,5 @@ def test_keys_do_not_lie_in_the_address():
         made("https://me:secret@host/v1")
     with pytest.raises(UserError, match="must be above 0"):
         made("https://host/v1", per_minute=0)
+    with pytest.raises(UserError, match="must be above 0"):
+        made("https://host/v1", per_minute=float("nan"))

@@ -3,6 +3,7 @@
 
 import collections
 import json
+import time
 
 import numpy as np
 import pytest
@@ -46,6 +47,22 @@ def test_labels_that_are_none_are_refused_by_their_line(tmp_path, text, match):
     with pytest.raises(UserError, match=match) as error:
         vocabulary.read(file)
     assert "\n" not in str(error.value)
+
+
+def test_a_chinese_name_with_latin_letters_is_chinese(tmp_path):
+    file = tmp_path / "labels.txt"
+    file.write_text("T-shirt\tT恤\nX光片\tX-ray\n", encoding="utf-8")
+    found = vocabulary.read(file)
+    assert found.names[0] == {"en": ("T-shirt",), "zh": ("T恤",)}
+    assert found.names[1] == {"en": ("X-ray",), "zh": ("X光片",)}
+
+
+@pytest.mark.parametrize(
+    "row", [{"en": []}, {"en": "dog"}, {"en": ["dog"], "zh": []}, {"en": None}]
+)
+def test_a_row_without_a_list_of_names_is_refused(row):
+    with pytest.raises(UserError, match="label 2: has no name in en or zh"):
+        vocabulary.checked([{"en": ["cat"]}, row])
 
 
 def test_labels_of_one_and_of_both_languages(tmp_path):
@@ -95,6 +112,12 @@ def test_a_label_as_long_as_the_models_text_is_refused():
 )
 def test_the_noun_filter_takes_longest_names_first(text, language, labels):
     assert FINDER(text, language) == labels
+
+
+def test_a_chinese_name_with_a_space_is_found_in_its_own_sentence():
+    words = vocabulary.checked([{"zh": ["泰迪 熊"]}, {"zh": ["猫"]}])
+    assert Finder(words)("图中有泰迪 熊和猫", "zh") == {0, 1}
+    assert corpus.offline(corpus.Order(words, ("zh",), 40)).report["never_named"] == []
 
 
 def test_ten_thousand_labels_are_looked_up_and_not_gone_through():
@@ -184,6 +207,13 @@ def test_answers_that_are_none_give_nothing_and_break_nothing(text):
     assert len(found.refused) == 1
 
 
+def test_an_answer_of_a_fence_and_line_breaks_alone_is_read_at_once():
+    began = time.process_time()
+    for text in ("```" + "\n" * 200_000 + "x", "```json" + " \n" * 100_000 + "```"):
+        assert answers.read(text, PROMPT, FINDER).taken == []
+    assert time.process_time() - began < 2
+
+
 @settings(deadline=None, max_examples=60)
 @given(st.text() | st.recursive(st.text() | st.integers() | st.none(), st.lists).map(json.dumps))
 def test_whatever_is_taken_passed_every_check(text):
@@ -194,7 +224,8 @@ def test_whatever_is_taken_passed_every_check(text):
 
 def test_a_fenced_answer_and_a_bare_list_are_read_and_endless_ones_are_cut():
     captions = ["a cat and a dog", "the dog saw a cat"]
-    for text in (f"```json\n{answer(*captions)}\n```", json.dumps(captions)):
+    body = answer(*captions)
+    for text in (f"```json\n{body}\n```", f"``` \n\n{body}\n``` \n", json.dumps(captions)):
         assert [s.text for s in answers.read(text, PROMPT, FINDER).taken] == captions
     many = answers.read(answer(*["a cat and a dog"] * 300), PROMPT, FINDER)
     assert len(many.taken) == answers.MOST_CAPTIONS
@@ -263,6 +294,25 @@ def test_answers_without_a_usable_sentence_are_an_error_that_says_why(tmp_path):
         corpus.written(
             ORDER, tmp_path / "a", type("Deaf", (Model,), {"__call__": lambda *_: "?"})()
         )
+
+
+def test_half_a_character_in_an_answer_is_refused_and_kept(tmp_path):
+    class Half(Model):
+        def __call__(self, prompt):
+            return super().__call__(prompt).replace("nothing of", "nothing \ud800 of")
+
+    found = corpus.written(ORDER, tmp_path / "a", Half())
+    assert found.report["refused"]["characters that are not printed"] == 10
+    lines = (tmp_path / "a" / corpus.REFUSED).read_text(encoding="utf-8").splitlines()
+    assert any("\ud800" in json.loads(line)["text"] for line in lines)
+
+
+def test_a_folder_that_cannot_be_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match="cannot be made") as error:
+            corpus.written(ORDER, folder, Model())
+        assert "\n" not in str(error.value)
 
 
 def test_balance_says_which_labels_are_never_named():

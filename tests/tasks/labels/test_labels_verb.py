@@ -163,6 +163,7 @@ def test_class_prompts_are_the_same_in_chunks(model):
         ("red\nblue\n", ["--languages", "fr"], "use en or zh"),
         ("red\n蓝\n", [], "none common"),
         ("red\nblue\n", ["--loss", "x"], "use one of ranking"),
+        ("red\nblue\n", ["--sentences", "1"], "--sentences 1: must be at least 2"),
         ("red\nblue\n", ["--llm", "file:///x", "--llm-model", "m", "--corpus", "c"], "no http"),
         ("red\nblue\n", ["--llm", "http://x"], "name the model with --llm-model"),
         ("red\nblue\n", ["--corpus", "c"], "name it with --llm"),
@@ -191,6 +192,7 @@ def test_bad_input_of_predict(model, trained, pictures, tmp_path, capsys):
         (["--images", str(tmp_path / "none")], "no such file"),
         (["--images", str(pictures), "--top", "0"], "--top 0: must be at least 1"),
         (["--images", str(pictures), "--html", str(tmp_path / "a" / "b.html")], "no such folder"),
+        (["--images", str(pictures), "--html", str(tmp_path / "x.json")], "is --out too"),
     ):
         assert main([*words, *extra]) == 2
         assert message in capsys.readouterr().err

@@ -40,6 +40,16 @@ def test_the_snake_table_and_its_codes(made, tmp_path):
     np.testing.assert_array_equal(codes.places(rows), [0, 0, 1])
 
 
+def test_classes_are_all_numbers_or_all_names(tmp_path):
+    file = tmp_path / "t.csv"
+    file.write_text(HEADER + "1,,Naja naja,,,10,a.jpg\n2,,Naja naja,,,,b.jpg\n")
+    assert [row.label for row in table.read(file, labelled=False)] == ["10", ""]
+    with pytest.raises(UserError, match="line 3: has no class: fill in class_id"):
+        table.read(file, labelled=True)
+    file.write_text(HEADER + "1,,Naja naja,,,,a.jpg\n2,,Naja naja,,,,b.jpg\n")
+    assert [row.label for row in table.read(file, labelled=True)] == ["Naja naja"] * 2
+
+
 def test_places_that_training_never_had_are_counted_and_are_zeros(made, tmp_path):
     codes = table.codes(table.read(made, labelled=True))
     file = tmp_path / "SnakeCLEF2022-TestMetadata.csv"
@@ -60,7 +70,7 @@ def test_places_that_training_never_had_are_counted_and_are_zeros(made, tmp_path
 @pytest.mark.parametrize(
     ("text", "match"),
     [
-        ("", "no column filepath"),
+        ("", "no column file_path"),
         ("file_path,code\na.jpg,IN\n", "no column observation_id"),
         (HEADER, "holds no image"),
         (HEADER + ",True,N,India,IN,1,a.jpg\n", "line 2: has no observation id: give the image"),
@@ -69,6 +79,12 @@ def test_places_that_training_never_had_are_counted_and_are_zeros(made, tmp_path
         (HEADER + "1,True,N,India,IN,1,../a.jpg\n", "leads out of"),
         (HEADER + "1,True,N,India,IN,1,\n", "no path of an image"),
         (HEADER + "1,True,,India,IN,,a.jpg\n", "line 2: has no class"),
+        (HEADER + "1,True,N,India,IN,1,a.jpg\n\n\n1,True,N,India,IN,,b.jpg\n", "line 5: has no cl"),
+        (HEADER + '1,True,N,"In\ndia",IN,1,a.jpg\n1,x,N,India,IN,2,b.jpg\n', "line 4: endemic"),
+        (
+            HEADER[:-1] + ",Class ID\n1,True,N,India,IN,1,a.jpg,2\n",
+            "two columns are called 'class_id'",
+        ),
     ],
 )
 def test_tables_that_cannot_be_used_are_refused_by_their_line(tmp_path, text, match):
@@ -131,7 +147,10 @@ def test_ensembles_weigh_their_models():
     for models, weights, match in (
         ([], [], "0 weights"),
         ([first, second], [1], "1 weights for 2"),
-        ([first, second], [1, -1], "give one each"),
+        ([first, second], [1, -1], "not below 0"),
+        ([first, second], [0, 0], "one above it"),
+        ([first, second], [1, float("nan")], "not below 0"),
+        ([first, second], [1, float("inf")], "not below 0"),
         ([first, np.ones((2, 2))], [], "other images or classes"),
     ):
         with pytest.raises(UserError, match=match):
@@ -235,7 +254,10 @@ def test_every_loss_trains(tail, change):
 
 
 def test_settings_that_cannot_be_are_refused():
-    for broken in ({"side": "late"}, {"loss": "focal"}, {"keep": 0.0}, {"epochs": 0}):
+    for broken in (
+        *({"side": "late"}, {"loss": "focal"}, {"keep": 0.0}, {"epochs": 0}, {"seed": -1}),
+        *({"tau": float("nan")}, {"tau": -1.0}, {"contrast": -0.1}, {"contrast": float("inf")}),
+    ):
         with pytest.raises(UserError):
             Settings(**broken)
     assert Settings().trained_adjustment

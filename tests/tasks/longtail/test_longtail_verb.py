@@ -41,7 +41,7 @@ def trained(model, tmp_path_factory):
     base = tmp_path_factory.mktemp("longtail")
     lines = [HEADER]
     for number in range(18):
-        label = (0, 0, 0, 1, 1, 2)[number % 6]
+        label = (0, 0, 0, 1, 1, 2)[number // 2 % 6]  # one class per observation
         jitter = np.random.default_rng(number).integers(-15, 15, 3)
         colour = tuple(int(x) for x in np.clip(COLOURS[label] + jitter, 0, 255))
         Image.new("RGB", (24, 20), colour).save(base / f"{number}.png")
@@ -126,6 +126,9 @@ def test_shares_are_not_taken_off_twice(model, trained, tmp_path, capsys):
         (["--merge", "worst"], "use one of best, vote, mean"),
         (["--weights", "a"], "write numbers"),
         (["--weights", "1,2", "--one-view"], "2 weights for 1 models"),
+        (["--weights", "nan", "--one-view"], "not below 0, one above it"),
+        (["--tau", "nan"], "--tau nan: must be a number not below 0"),
+        (["--tau", "-3"], "--tau -3.0: must be a number not below 0"),
         (["--classifier", "none"], "name a folder made by longtail train"),
         (["--batch-size", "0"], "must be at least 1"),
     ],
@@ -134,6 +137,18 @@ def test_bad_input_is_one_line_and_leaves_nothing(model, trained, tmp_path, caps
     assert predict(model, trained, tmp_path, *extra) == 2
     shown = capsys.readouterr().err.splitlines()
     assert message in shown[-1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_class_and_one_file_for_both_are_refused_first(model, trained, tmp_path, capsys):
+    (trained / "zebra.csv").write_text(f"{HEADER}\n1,,Narnia,XX,zebra,none.png\n")
+    assert predict(model, trained, tmp_path, "--table", str(trained / "zebra.csv")) == 2
+    assert "class 'zebra' of none.png: unknown" in capsys.readouterr().err
+    (trained / "two.csv").write_text(f"{HEADER}\n1,,,,1,none.png\n2,,,,1,b.png\n1,,,,2,c.png\n")
+    assert predict(model, trained, tmp_path, "--table", str(trained / "two.csv")) == 2
+    assert "observation 1: its images are of two classes" in capsys.readouterr().err
+    assert predict(model, trained, tmp_path, "--html", str(tmp_path / "x.json")) == 2
+    assert "is --out too" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
@@ -148,6 +163,7 @@ def test_a_damaged_or_foreign_classifier_is_refused(model, trained, tmp_path):
         ("{", "damaged"),
         (json.dumps({"format": 0}), "another format"),
         (json.dumps(card | {"classes": ["a"]}), "damaged"),
+        (json.dumps(card | {"classes": ["0", "1", "1"]}), "a name twice"),
         (json.dumps(card | {"settings": {**card["settings"], "side": "token"}}), "damaged"),
     ):
         (tmp_path / "c" / saved.LAYOUT.card).write_text(change)
