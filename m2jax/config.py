@@ -187,12 +187,15 @@ class Caption:
 
 @dataclass(frozen=True, kw_only=True)
 class MaskedImage:
-    """Text-guided masked image modelling (TG-MIM): a decoder paints patches from the text."""
+    """Text-guided masked image modelling (TG-MIM): a decoder tells patches from the text."""
 
     weight: float = 0.0  # 0: no such head
+    target: str = "pixels"  # pixels (less their mean, over their deviation) | tokens (visual ones)
     layers: int = 2
     patches: str = "high"  # that are masked: high | low | random, by fit to the text
     ratio: float = 0.5  # share of the patches that are masked
+    tokenizer: str = ""  # of target=tokens, as in MaskedTokens
+    positions: int = 32  # of target=tokens, as in MaskedTokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,7 +219,7 @@ class MaskedTokens:
 
 @dataclass(frozen=True, kw_only=True)
 class VisualTokenizer:
-    """The tokenizer of CMIM (BEiT v2's VQ-KD). With a weight the run trains it and nothing else."""
+    """The tokenizer of CMIM and TG-MIM (BEiT v2's VQ-KD). With a weight a run trains it alone."""
 
     weight: float = 0.0  # 1: train it; it learns from the features of the model named by --init
     target: str = "features"  # that the decoder must tell: features (of that model) | pixels

@@ -56,6 +56,7 @@ _CHOICES: Mapping[tuple[str, str], tuple[str, ...]] = types.MappingProxyType(
         ("Contrastive", "form"): ("softmax", "sigmoid"),
         ("Caption", "patches"): ("all", "high", "low", "random"),
         ("MaskedImage", "patches"): ("high", "low", "random"),
+        ("MaskedImage", "target"): ("pixels", "tokens"),
         ("VisualTokenizer", "target"): ("features", "pixels"),
         ("Loss", "joint_vl"): ("split", "A", "B"),
         ("Contrastive", "wire_dtype"): ("", "bfloat16", "float16", "float32"),
@@ -81,7 +82,9 @@ _RANGES: Mapping[tuple[str, str], tuple[float, float | None]] = types.MappingPro
         **{("Model", key): (0, 1) for key in ("drop_path", "patch_drop")},
         **{("Contrastive", key): (1e-6, None) for key in ("scale_init", "scale_max")},
         **{(name, "ratio"): (0, 1) for name in ("MaskedText", "MaskedTokens")},
-        **{(name, "positions"): (1, None) for name in ("MaskedText", "MaskedTokens")},
+        **{
+            (name, "positions"): (1, None) for name in ("MaskedImage", "MaskedText", "MaskedTokens")
+        },
         **{("VisualTokenizer", key): (1, None) for key in ("codes", "code_dim", "decoder_layers")},
         **{("VisualTokenizer", key): (0, None) for key in ("width", "heads", "encoder_layers")},
         ("Model", "unroll"): (1, None),

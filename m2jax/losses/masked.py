@@ -86,6 +86,17 @@ def patch_targets(
     return centred * lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + NORM_EPS)
 
 
+def at_chosen(
+    states: Float[Array, "batch patches dim"],
+    codes: Int[Array, "batch patches"],
+    indices: Int[Array, "batch count"],
+) -> tuple[Float[Array, "batch count dim"], Int[Array, "batch count"], Float[Array, "batch count"]]:
+    """States, visual tokens and weights (all 1) of the chosen patches: for a cross-entropy."""
+    told = jnp.take_along_axis(codes, indices, axis=1)
+    taken = jnp.take_along_axis(states, indices[..., None], axis=1)
+    return taken, told, jnp.ones(told.shape, jnp.float32)
+
+
 def masked_pixel_loss(
     predicted: Float[Array, "batch patches values"],
     target: Float[Array, "batch patches values"],

@@ -2,8 +2,9 @@
 """What the local objectives of SyCoCa put on top of the dual encoder: two decoders.
 
 ``CaptionHead`` writes the text from image tokens (IC); ``PatchHead`` paints masked patches from
-text tokens (TG-MIM). Both leave the encoder as published: the caption decoder embeds its own words
-with the encoder's table, since the text tower looks both ways and its states would give words away.
+text tokens, or ``PatchTokenHead`` tells their visual tokens (TG-MIM). All leave the encoder as
+published: the caption decoder embeds its own words with the encoder's table, since the text tower
+looks both ways and its states would give words away.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from m2jax import config as config_lib
 from m2jax.models import layers
 from m2jax.models.decoder import Decoder
+from m2jax.models.m2_heads import CodeHead
 from m2jax.models.stepwise import Past, Stepper
 
 
@@ -112,6 +114,23 @@ class PatchHead(nnx.Module):
         return self.out(self.decoder(tokens, text, memory_mask=text_mask)[:, 1:])
 
 
+class PatchTokenHead(nnx.Module):
+    """The same decoder, for visual tokens: ``tokens`` holds a row per entry of the codebook."""
+
+    def __init__(self, rngs: nnx.Rngs, cfg: config_lib.Model, depth: int, codes: int):
+        self.decoder = Decoder(rngs, cfg, depth, causal=False)
+        self.tokens = CodeHead(rngs, cfg, codes)
+
+    def __call__(
+        self,
+        tokens: Float[Array, "batch tokens width"],
+        text: Float[Array, "batch length width"],
+        text_mask: Bool[Array, "batch length"],
+    ) -> Float[Array, "batch patches width"]:
+        """States that tell every patch's visual token by their products with ``tokens.embed``."""
+        return self.decoder(tokens, text, memory_mask=text_mask)[:, 1:]
+
+
 class Heads(nnx.Module):
     """The heads that the weights of a loss switch on."""
 
@@ -120,4 +139,10 @@ class Heads(nnx.Module):
     ):
         caption, painted = loss.caption, loss.masked_image
         self.caption = CaptionHead(rngs, cfg, caption.layers, languages) if caption.weight else None
-        self.masked_image = PatchHead(rngs, cfg, painted.layers) if painted.weight else None
+        if not painted.weight:
+            self.masked_image = None
+        elif painted.target == "tokens":
+            codes = loss.visual_tokenizer.codes
+            self.masked_image = PatchTokenHead(rngs, cfg, painted.layers, codes)
+        else:
+            self.masked_image = PatchHead(rngs, cfg, painted.layers)

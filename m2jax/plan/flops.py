@@ -72,14 +72,22 @@ def from_sizes(experiment: Experiment, model: Abstract) -> float:
     if loss.masked_image.weight:
         texts += encoder(image, "A")
         texts += decoder("masked_image", loss.masked_image.layers, image, words)
+        if loss.masked_image.target == "tokens":
+            table = model.params["heads"]["masked_image"]["tokens"]["embed"]
+            texts += _told(loss.masked_image.ratio, table, model, patches)
     if loss.masked_text.weight:
         head = used("m2_heads.masked_text.") + model.params["text_embed"].size
         texts += joint() + 6 * words * head
     if loss.masked_tokens.weight:
-        hidden = max(1, round(loss.masked_tokens.ratio * patches))
-        texts += joint() + 6 * hidden * model.params["m2_heads"]["masked_tokens"]["embed"].size
-        texts += _tokenizer_forward(model, patches)
+        table = model.params["m2_heads"]["masked_tokens"]["embed"]
+        texts += joint() + _told(loss.masked_tokens.ratio, table, model, patches)
     return data.batch_size * (sequence + texts * len(data.languages))
+
+
+def _told(ratio: float, table: Any, model: Abstract, patches: int) -> float:
+    """Logits of an image's masked patches, there and back, and the tokens they must tell."""
+    hidden = max(1, round(ratio * patches))
+    return 6 * hidden * table.size + _tokenizer_forward(model, patches)
 
 
 def _tokenizer_forward(model: Abstract, patches: int) -> float:

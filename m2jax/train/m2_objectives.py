@@ -27,11 +27,15 @@ from m2jax.models import params as params_lib
 from m2jax.models.m2 import M2Encoder
 from m2jax.models.m2_heads import M2Heads
 from m2jax.models.params import Abstract, Params
-from m2jax.models.visual_tokenizer import VisualTokenizer
 from m2jax.train.image_text import ImageTextTask
 from m2jax.train.sycoca import SyCoCaTask
 from m2jax.train.task import Batch, Metrics
-from m2jax.train.visual_tokenizer import TOKENIZER
+from m2jax.train.visual_tokenizer import (
+    TOKENIZER,
+    abstract_tokenizer,
+    fresh_tokenizer,
+    visual_tokens,
+)
 
 HEADS = "m2_heads"  # where the heads' parameters lie, beside the encoder's
 
@@ -67,24 +71,21 @@ class M2Task:
         self.heads: Abstract = params_lib.abstract_of(self._make_heads)
         self.model: Abstract = params_lib.beside(self.base.model, HEADS, self.heads)
         self.tokenizer: Abstract | None = None
-        if cfg.masked_tokens.weight:
-            self.tokenizer = params_lib.abstract_of(self._make_tokenizer)
+        if isinstance(self.base, SyCoCaTask):
+            self.tokenizer = self.base.tokenizer  # one for both
+        if cfg.masked_tokens.weight and self.tokenizer is None:
+            self.tokenizer = abstract_tokenizer(experiment)
             self.model = params_lib.beside(self.model, TOKENIZER, self.tokenizer)
 
     def _make_heads(self, rngs: nnx.Rngs) -> M2Heads:
         return M2Heads(rngs, self.experiment.model, self.experiment.loss)
 
-    def _make_tokenizer(self, rngs: nnx.Rngs) -> VisualTokenizer:
-        cfg = self.experiment
-        return VisualTokenizer(rngs, cfg.model, cfg.loss.visual_tokenizer)
-
     def init(self, rng: jax.Array) -> Params:
         """Fresh parameters; the trainer puts a trained tokenizer in the place of the random one."""
         heads = params_lib.initialise_of(self._make_heads, jax.random.fold_in(rng, 2))
         params = {**self.base.init(rng), HEADS: heads}
-        if self.tokenizer is not None:
-            random = params_lib.initialise_of(self._make_tokenizer, jax.random.fold_in(rng, 3))
-            params[TOKENIZER] = random
+        if self.tokenizer is not None and TOKENIZER not in params:
+            params[TOKENIZER] = fresh_tokenizer(self.experiment, rng)
         return params
 
     def batch_spec(self, batch_size: int) -> Mapping[str, jax.ShapeDtypeStruct]:
@@ -107,7 +108,8 @@ class M2Task:
             metrics["loss/masked_text"] = self._words(model, heads, pairs, word, keys[1])
             total = total + cfg.masked_text.weight * metrics["loss/masked_text"]
         if cfg.masked_tokens.weight:
-            codes = self._codes(params, pairs.pixels)
+            assert self.tokenizer is not None  # its weight made it
+            codes = visual_tokens(self.tokenizer, params, pairs.pixels)
             metrics["loss/masked_tokens"] = self._tokens(model, heads, pairs, codes, keys[2])
             total = total + cfg.masked_tokens.weight * metrics["loss/masked_tokens"]
         return total, metrics
@@ -158,12 +160,6 @@ class M2Task:
             positions=cfg.masked_text.positions,
         )
 
-    def _codes(self, params: Params, pixels: jax.Array) -> jax.Array:
-        """The visual token of every patch, by the frozen tokenizer."""
-        assert self.tokenizer is not None  # its weight made it
-        frozen = jax.lax.stop_gradient(params[TOKENIZER])
-        return params_lib.bind(self.tokenizer.graph, frozen).quantise(pixels).ids
-
     def _tokens(
         self, model: M2Encoder, heads: M2Heads, pairs: Pairs, codes: jax.Array, rng: jax.Array
     ) -> jax.Array:
@@ -176,12 +172,11 @@ class M2Task:
         image = model.embed_image(pairs.pixels, masked=masked)
         text = model.embed_text(pairs.ids)
         joint = model.encode_joint(image, text, pairs.mask, vl=cfg.joint_vl, rng=keys[1])
-        states = jnp.take_along_axis(joint.image[:, 1:], hidden[..., None], axis=1)
-        told = jnp.take_along_axis(codes, hidden, axis=1)
+        states, told, weight = masked_lib.at_chosen(joint.image[:, 1:], codes, hidden)
         return linear_cross_entropy(
             states,
             heads.masked_tokens.embed[...],
             told,
-            jnp.ones(told.shape, jnp.float32),
+            weight,
             positions=cfg.masked_tokens.positions,
         )

@@ -179,7 +179,7 @@ def model_flops(experiment: Experiment, mesh: Mesh, model: Architecture | None =
     cfg, loss = experiment.model, experiment.loss
     whole = {  # with all logits at once none is made again
         name: dataclasses.replace(getattr(loss, name), positions=2**30)
-        for name in ("caption", "masked_text", "masked_tokens")
+        for name in ("caption", "masked_image", "masked_text", "masked_tokens")
     }
     plain = dataclasses.replace(
         experiment,
@@ -218,10 +218,10 @@ def make_meter(
 def begin(step: Step, origin: Origin | None, task: Task, mesh: Mesh, workdir: Path) -> TrainState:
     """The state before the first step: fresh, or around the parameters of the run's origin.
 
-    The visual tokenizer of CMIM is that of another run in both.
+    The visual tokenizer of CMIM and TG-MIM is that of another run in both.
     """
     read = None
-    if isinstance(task, M2Task) and task.tokenizer is not None:
+    if isinstance(task, (M2Task, SyCoCaTask)) and task.tokenizer is not None:
         read = read_tokenizer(task.experiment, task.tokenizer, mesh)
     if origin is None:
         state = step.init()

@@ -24,11 +24,17 @@ from m2jax.config import Experiment, UserError
 from m2jax.losses import masked as masked_lib
 from m2jax.losses.language import linear_cross_entropy
 from m2jax.models import params as params_lib
-from m2jax.models.heads import Heads
+from m2jax.models.heads import Heads, PatchTokenHead
 from m2jax.models.m2 import M2Encoder, unit
 from m2jax.models.params import Abstract, Params
 from m2jax.train.image_text import Forward, ImageTextTask
 from m2jax.train.task import Batch, Metrics
+from m2jax.train.visual_tokenizer import (
+    TOKENIZER,
+    abstract_tokenizer,
+    fresh_tokenizer,
+    visual_tokens,
+)
 
 HEADS = "heads"  # where the heads' parameters lie, beside the encoder's
 
@@ -65,15 +71,25 @@ class SyCoCaTask:
         self.itc = ImageTextTask(experiment, mesh)
         self.heads: Abstract = params_lib.abstract_of(self._make_heads)
         self.model: Abstract = params_lib.beside(self.itc.model, HEADS, self.heads)
+        self.tokenizer: Abstract | None = None
+        if cfg.masked_image.weight and cfg.masked_image.target == "tokens":
+            self.tokenizer = abstract_tokenizer(experiment)
+            self.model = params_lib.beside(self.model, TOKENIZER, self.tokenizer)
 
     def _make_heads(self, rngs: nnx.Rngs) -> Heads:
         cfg = self.experiment
         return Heads(rngs, cfg.model, cfg.loss, len(cfg.data.languages))
 
     def init(self, rng: jax.Array) -> Params:
-        """Fresh parameters; the encoder's are those of a run without heads."""
+        """Fresh parameters; the encoder's are those of a run without heads.
+
+        The trainer puts a trained tokenizer in the place of a random one.
+        """
         heads = params_lib.initialise_of(self._make_heads, jax.random.fold_in(rng, 1))
-        return {**self.itc.init(rng), HEADS: heads}
+        params = {**self.itc.init(rng), HEADS: heads}
+        if self.tokenizer is not None:
+            params[TOKENIZER] = fresh_tokenizer(self.experiment, rng)
+        return params
 
     def batch_spec(self, batch_size: int) -> Mapping[str, jax.ShapeDtypeStruct]:
         """As of ``ImageTextTask``."""
@@ -94,8 +110,11 @@ class SyCoCaTask:
             )
             total = total + cfg.caption.weight * metrics["loss/caption"]
         if cfg.masked_image.weight:
+            codes = None
+            if self.tokenizer is not None:  # of the whole view, as the encoder gets it
+                codes = visual_tokens(self.tokenizer, params, pairs.pixels)
             metrics["loss/masked_image"] = self._paint(
-                model, heads, pairs, scores, jax.random.fold_in(rng, 2)
+                model, heads, pairs, scores, codes, jax.random.fold_in(rng, 2)
             )
             total = total + cfg.masked_image.weight * metrics["loss/masked_image"]
         return total, metrics
@@ -105,13 +124,14 @@ class SyCoCaTask:
         return self.itc.after_update(params)
 
     def frozen(self, name: str) -> bool:
-        """As of ``ImageTextTask``."""
-        return self.itc.frozen(name)
+        """As of ``ImageTextTask``, and the whole tokenizer."""
+        return name.startswith(f"{TOKENIZER}.") or self.itc.frozen(name)
 
     def layer_scales(self, decay: float) -> Mapping[str, Any]:
         """As of ``ImageTextTask``; the heads, which lie above all layers, keep their rate."""
-        heads = {f"{HEADS}.{name}": 1.0 for name in params_lib.flatten(self.heads.params)}
-        return {**self.itc.layer_scales(decay), **heads}
+        names = params_lib.flatten(self.model.params)
+        above = {n: 1.0 for n in names if n.startswith((f"{HEADS}.", f"{TOKENIZER}."))}
+        return {**self.itc.layer_scales(decay), **above}
 
     def _pairs(self, forward: Forward, batch: Batch) -> Pairs:
         """What the heads see of each text and of the view it is paired with."""
@@ -161,9 +181,18 @@ class SyCoCaTask:
         )
 
     def _paint(
-        self, model: M2Encoder, heads: Heads, pairs: Pairs, scores: jax.Array, rng: jax.Array
+        self,
+        model: M2Encoder,
+        heads: Heads,
+        pairs: Pairs,
+        scores: jax.Array,
+        codes: jax.Array | None,
+        rng: jax.Array,
     ) -> jax.Array:
-        """TG-MIM: squared error of the masked patches, painted from the rest and the text."""
+        """TG-MIM: the masked patches, from the rest and the text.
+
+        Their squared error, or -log p(visual token) where ``codes`` holds those of all patches.
+        """
         cfg = self.experiment.loss.masked_image
         pixels, patch = pairs.pixels, self.experiment.model.patch_size
         chosen = masked_lib.chosen(scores, cfg.ratio, cfg.patches, rng)
@@ -171,6 +200,11 @@ class SyCoCaTask:
         tokens = model.encode_image(pixels, masked=masked, rng=rng).vl.tokens
         assert heads.masked_image is not None  # its weight made it
         painted = heads.masked_image(tokens, pairs.text, pairs.mask)
+        if isinstance(heads.masked_image, PatchTokenHead):
+            assert codes is not None  # the target made both
+            states, told, weight = masked_lib.at_chosen(painted, codes, chosen)
+            table = heads.masked_image.tokens.embed[...]
+            return linear_cross_entropy(states, table, told, weight, positions=cfg.positions)
         return masked_lib.masked_pixel_loss(
             painted, masked_lib.patch_targets(pixels, patch), masked
         )

@@ -3,7 +3,8 @@
 
 Two runs follow each other: one with ``loss.visual_tokenizer.weight`` that starts from a trained
 encoder (``--init``), whose patch features it learns to tell; and one with
-``loss.masked_tokens.weight`` that names the first one's work directory. The texts are not read.
+``loss.masked_tokens.weight`` or ``loss.masked_image.target=tokens`` that names the first one's work
+directory. The first reads no texts.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import jax
 from flax import nnx
 from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
 
 from m2jax import bundle
 from m2jax.checkpoint import manager
@@ -59,19 +61,15 @@ class VisualTokenizerTask:
             )
         self.experiment = experiment
         self.itc = ImageTextTask(experiment, mesh)
-        self.tokenizer: Abstract = params_lib.abstract_of(self._make)
+        self.tokenizer: Abstract = abstract_tokenizer(experiment)
         axes = {f"{TOKENIZER}.{name}": value for name, value in self.tokenizer.axes.items()}
         alone = Abstract(self.tokenizer.graph, {TOKENIZER: self.tokenizer.params}, axes)
         both = params_lib.beside(self.itc.model, TOKENIZER, self.tokenizer)
         self.model: Abstract = both if self._teaches else alone
 
-    def _make(self, rngs: nnx.Rngs) -> VisualTokenizer:
-        cfg = self.experiment
-        return VisualTokenizer(rngs, cfg.model, cfg.loss.visual_tokenizer)
-
     def init(self, rng: jax.Array) -> Params:
         """Fresh parameters; those of the teacher come from ``--init``."""
-        own = params_lib.initialise_of(self._make, jax.random.fold_in(rng, 3))
+        own = fresh_tokenizer(self.experiment, rng)
         return {**(self.itc.init(rng) if self._teaches else {}), TOKENIZER: own}
 
     def batch_spec(self, batch_size: int) -> Mapping[str, jax.ShapeDtypeStruct]:
@@ -116,36 +114,53 @@ class VisualTokenizerTask:
         return dict.fromkeys(params_lib.flatten(self.model.params), 1.0)
 
 
+def abstract_tokenizer(experiment: Experiment) -> Abstract:
+    """Shapes and axes of the tokenizer of ``loss.visual_tokenizer``, beside the run's encoder."""
+    return params_lib.abstract_of(lambda rngs: _make(experiment, rngs))
+
+
+def fresh_tokenizer(experiment: Experiment, rng: jax.Array) -> Params:
+    """Fresh parameters of it; ``rng`` is that of the whole run's."""
+    return params_lib.initialise_of(
+        lambda rngs: _make(experiment, rngs), jax.random.fold_in(rng, 3)
+    )
+
+
+def _make(experiment: Experiment, rngs: nnx.Rngs) -> VisualTokenizer:
+    return VisualTokenizer(rngs, experiment.model, experiment.loss.visual_tokenizer)
+
+
+def visual_tokens(
+    tokenizer: Abstract, params: Params, pixels: Float[Array, "batch height width 3"]
+) -> Int[Array, "batch patches"]:
+    """The visual token of every patch, by the frozen tokenizer among a run's parameters."""
+    frozen = jax.lax.stop_gradient(params[TOKENIZER])
+    return params_lib.bind(tokenizer.graph, frozen).quantise(pixels).ids
+
+
 def read_tokenizer(experiment: Experiment, tokenizer: Abstract, mesh: Mesh) -> Params:
-    """The parameters of the trained tokenizer that ``loss.masked_tokens.tokenizer`` names.
+    """The parameters of the trained tokenizer that an objective's ``tokenizer`` names.
 
     Args:
-        experiment: a run with ``loss.masked_tokens``.
+        experiment: a run with ``loss.masked_tokens``, ``loss.masked_image.target=tokens`` or both.
         tokenizer: shapes and axes that it must have.
         mesh: where they go.
 
     Raises:
-        UserError: none is named, or it is no such run or one with other sizes.
+        UserError: none is named, or two, or it is no such run or one with other sizes.
     """
-    name = experiment.loss.masked_tokens.tokenizer
-    if not name:
-        raise UserError(
-            "loss.masked_tokens.tokenizer='': CMIM needs a trained visual tokenizer: train one "
-            "with loss.visual_tokenizer.weight=1 and name its work directory"
-        )
+    key, name = _named(experiment)
     directory = Path(name)
     if not directory.is_dir():
-        raise UserError(
-            f"loss.masked_tokens.tokenizer={name}: no such directory: name a work directory"
-        )
+        raise UserError(f"{key}={name}: no such directory: name a work directory")
     checkpoint = bundle.checkpoint_of(directory)
     saved = manager.read_bundle(checkpoint).experiment if checkpoint else None
     if checkpoint is None or saved is None or not saved.loss.visual_tokenizer.weight:
         raise UserError(
-            f"loss.masked_tokens.tokenizer={name}: trained no visual tokenizer: name a run with "
+            f"{key}={name}: trained no visual tokenizer: name a run with "
             "loss.visual_tokenizer.weight=1"
         )
-    _check_sizes(experiment, saved, name)
+    _check_sizes(experiment, saved, f"{key}={name}")
     shapes = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         tokenizer.params,
@@ -154,7 +169,27 @@ def read_tokenizer(experiment: Experiment, tokenizer: Abstract, mesh: Mesh) -> P
     return manager.read_params(checkpoint.absolute(), {TOKENIZER: shapes})[TOKENIZER]
 
 
-def _check_sizes(experiment: Experiment, saved: Experiment, name: str) -> None:
+def _named(experiment: Experiment) -> tuple[str, str]:
+    """The setting that names the tokenizer's run, and that run; objectives share one tokenizer."""
+    cfg, found = experiment.loss, {}
+    if cfg.masked_tokens.weight:
+        found["CMIM"] = "loss.masked_tokens.tokenizer", cfg.masked_tokens.tokenizer
+    if cfg.masked_image.weight and cfg.masked_image.target == "tokens":
+        found["TG-MIM of tokens"] = "loss.masked_image.tokenizer", cfg.masked_image.tokenizer
+    for objective, (key, name) in found.items():
+        if not name:
+            raise UserError(
+                f"{key}='': {objective} needs a trained visual tokenizer: train one "
+                "with loss.visual_tokenizer.weight=1 and name its work directory"
+            )
+    (key, name), *others = found.values()
+    for other, its in others:
+        if its != name:
+            raise UserError(f"{other}={its}: {key} is {name}: a run has one tokenizer: name one")
+    return key, name
+
+
+def _check_sizes(experiment: Experiment, saved: Experiment, where: str) -> None:
     """Refuses a tokenizer of other sizes; those left at 0 are the model's."""
 
     def sizes(cfg: Experiment) -> dict[str, Any]:
@@ -178,6 +213,5 @@ def _check_sizes(experiment: Experiment, saved: Experiment, name: str) -> None:
     for key in have:
         if want.get(key) != have[key]:
             raise UserError(
-                f"loss.masked_tokens.tokenizer={name}: {key} is {have[key]} there and "
-                f"{want.get(key)} here: make them alike"
+                f"{where}: {key} is {have[key]} there and {want.get(key)} here: make them alike"
             )

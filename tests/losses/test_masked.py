@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from jax.test_util import check_grads
 
 from m2jax.losses import masked
+from m2jax.losses.language import linear_cross_entropy
 
 
 @settings(deadline=None, max_examples=40)
@@ -87,6 +88,26 @@ def test_the_loss_is_the_mean_over_masked_patches_alone():
         value, grad = jax.value_and_grad(loss)(jnp.asarray(predicted))
         check_grads(loss, (jnp.asarray(predicted),), order=1, modes=["rev"], rtol=1e-6)
     np.testing.assert_allclose(value, expected, rtol=1e-12)
+    np.testing.assert_array_equal(np.asarray(grad)[~mask], 0)
+    assert (np.asarray(grad)[mask] != 0).all()
+
+
+def test_a_cross_entropy_sees_the_chosen_patches_alone():
+    rng = np.random.default_rng(0)
+    states, table = rng.normal(size=(3, 6, 5)), rng.normal(size=(7, 5))
+    codes = rng.integers(0, 7, (3, 6))
+    taken = np.array([[0, 4], [1, 2], [3, 5]])
+    logits = states @ table.T
+    each = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, codes[..., None], -1)[..., 0]
+    mask = np.asarray(masked.as_mask(jnp.asarray(taken), 6))
+
+    def loss(states):
+        told = masked.at_chosen(states, jnp.asarray(codes), jnp.asarray(taken))
+        return linear_cross_entropy(told[0], jnp.asarray(table), *told[1:])
+
+    with jax.enable_x64(True):
+        value, grad = jax.value_and_grad(loss)(jnp.asarray(states))
+    np.testing.assert_allclose(value, each[mask].mean(), rtol=1e-12)
     np.testing.assert_array_equal(np.asarray(grad)[~mask], 0)
     assert (np.asarray(grad)[mask] != 0).all()
 
