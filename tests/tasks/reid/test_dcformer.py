@@ -80,6 +80,7 @@ def test_eight_devices_train_as_one():
     np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["reversal", "confusion"])
 def test_scenes_come_out_of_the_features_alone(form):
     """The classifier of scenes learns the same with and without a weight on what features get."""
@@ -100,6 +101,7 @@ def test_scenes_come_out_of_the_features_alone(form):
     assert np.abs(towers[0] - towers[1]).max() > 1e-4
 
 
+@pytest.mark.slow
 def test_the_reversed_gradient_rises_over_the_run():
     """Nothing at the first step, and as much more at a later one as AdvBCT's ramp says."""
     cfg = dataclasses.replace(PLAIN, scenes="reversal", cameras=2, scene_weight=5.0)

@@ -85,6 +85,7 @@ def test_a_folder_holds_the_model(tmp_path):
     assert rows[-1]["loss/identity"] < rows[0]["loss/identity"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batches", ["pk", "window", "nearest"])
 def test_a_run_that_was_cut_off_goes_on_alike(tmp_path, monkeypatch, batches):
     """Stopped within an epoch, whose order hard batches could not list again."""
@@ -157,6 +158,7 @@ def test_what_prepares_ahead_takes_nothing_twice():
     np.testing.assert_array_equal(np.stack(steps), np.arange(9)[:, None].repeat(12, 1))
 
 
+@pytest.mark.slow
 def test_an_m2_tower_to_start_from():
     """With one class token in its old place the tower is the model's own image side."""
     cfg = config.resolve(

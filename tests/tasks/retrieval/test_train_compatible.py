@@ -79,6 +79,7 @@ def step_of(task, settings, mesh):
     return make_step(experiment, task, mesh, optimizer=rule), rule
 
 
+@pytest.mark.slow
 def test_a_step_of_the_trainer_is_advbcts():
     """Loss, gradients and both norms' statistics of the golden-tested function, step by step."""
     settings = filled("advbct")

@@ -112,7 +112,7 @@ def test_boxes_come_back_to_their_segments(shape):
     scores = np.linspace(0.9, 0.6, 6)
     seen = patches.select(raw(pixels, scores), where, conf=0.5, nms=0.99)
     patch = patches.Patch(100, 7, np.zeros(shape))
-    expected = [*segments, 100, 7, 100, 7]
+    expected = segments + np.array([100, 7, 100, 7])
     assert patches.whole(seen, patch).tolist() == expected.tolist()
 
 

@@ -75,6 +75,7 @@ def batch_of(seed=0, dim=8):
     return examples.batch(None, rng, size=4, frames=64, dim=dim, share=1.0)
 
 
+@pytest.mark.slow
 def test_the_detectors_loss_reaches_the_extractor_and_only_when_together():
     settings = ssan.Settings(kind="ssan", window=4, ske_weight=0.0, **SMALL)
     detector, scorer = ssan.new_detector(settings), ssan.new_scorer(settings, 8)

@@ -170,6 +170,7 @@ def test_edited_copies_of_videos(tower, model, videos, tmp_path):
     assert part.model == features.Encoder(model).identity.fingerprint
 
 
+@pytest.mark.slow
 def test_a_library_of_keyframes(tower, model, videos, parts, tmp_path, capsys):
     out = tmp_path / "lib"
     base = ["video", "index", "--model", model, "--videos", str(videos / "library")]
