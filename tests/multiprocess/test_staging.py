@@ -27,6 +27,7 @@ def staged(workdir, attempt, process, step):
 
 def test_a_run_of_processes_that_share_no_folder(tmp_path, monkeypatch):
     whole, cut, url = tmp_path / "whole", tmp_path / "cut", "s3://runs/parts"
+    slow = {"kind": "slow", "step": 6, "after": 0.2}  # jax looks for a signal once a second
     assert harness.launch(whole, 2, 2, *SHARDED).wait() == [0, 0]
 
     def go(processes, devices, *faults):
@@ -37,10 +38,10 @@ def test_a_run_of_processes_that_share_no_folder(tmp_path, monkeypatch):
 
     with s3_server.serving(monkeypatch):
         store = Store(url)
-        assert go(2, 2, {"kind": "term", "step": 6, "process": 1}) == [42, 42]
+        assert go(2, 2, {"kind": "term", "step": 6, "process": 1}, slow) == [42, 42]
         stopped = store.steps()[-1]  # a job that was told to end leaves all of it on the store
-        assert 6 <= stopped < 10
-        assert go(2, 2, {"kind": "kill", "step": 12}) == [-9, -9]
+        assert 6 <= stopped < 13
+        assert go(2, 2, {"kind": "kill", "step": stopped + 3}) == [-9, -9]
         mine = [shards(staged(cut, 1, process, stopped)) for process in range(2)]
         # What is not sharded is one file, 0.0 or so, in both; of the rest each took its part.
         assert all(set(name.rpartition("/")[2]) <= {"0", "."} for name in mine[0] & mine[1])
@@ -48,12 +49,13 @@ def test_a_run_of_processes_that_share_no_folder(tmp_path, monkeypatch):
         files = json.loads(store.marker(stopped))["files"]
         assert {"/".join(n.split("/")[-2:]) for n in files} >= mine[0] | mine[1]
         assert store.steps()[-1] >= stopped
-        assert go(2, 2, {"kind": "term", "step": 18, "process": 0}) == [42, 42]
+        told = {"kind": "term", "step": stopped + 4, "process": 0}
+        assert go(2, 2, told, slow) == [42, 42]
         kept = store.steps()  # checkpoint.keep, those of earlier machines removed
-        assert kept[:2] == [12, 16]
-        assert len(kept) == 3
+        saved = {*range(4, kept[-1], 4), stopped, kept[-1]}
+        assert kept == sorted(saved)[-3:]
         assert go(1, 4) == [0]  # on one machine, from the parts of two
-        assert store.steps()[-2:] == [20, 24]
+        assert store.steps()[-1] == 24
         (cut / "metrics.jsonl").write_bytes(store.read("metrics.jsonl"))
     expected, found = harness.losses(whole), harness.losses(cut)
     assert found.keys() == expected.keys()
