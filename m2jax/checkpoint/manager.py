@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -27,7 +26,9 @@ from jax.experimental import multihost_utils
 from m2jax import architectures, config_dual
 from m2jax import config as config_lib
 from m2jax.checkpoint import parts as parts_lib
+from m2jax.checkpoint.late_reads import silence_late_reads
 from m2jax.checkpoint.retention import Best, retention
+from m2jax.checkpoint.store import DamagedError
 from m2jax.config import UserError
 from m2jax.config_dual import Architecture, Dual
 
@@ -40,10 +41,6 @@ class Restored(NamedTuple):
     step: int
     state: Any
     data: dict[str, Any]
-
-
-class DamagedError(UserError):
-    """A checkpoint whose files are missing, truncated or changed."""
 
 
 class Checkpoints:
@@ -180,7 +177,7 @@ class Checkpoints:
             reason = f"{type(error).__name__}: {first_line(error)}"
         else:
             return Restored(step, state, dict(data)), ""
-        _silence_late_reads()
+        silence_late_reads()
         return None, reason
 
     def _put_aside(self, damaged: dict[int, str], step: int) -> None:
@@ -241,24 +238,6 @@ class Checkpoints:
 def everyone(fine: bool) -> bool:
     """Whether ``fine`` holds in every process of the run; waits for all of them."""
     return bool(np.all(multihost_utils.process_allgather(np.asarray(fine))))
-
-
-@functools.cache
-def _silence_late_reads() -> None:
-    """Lets reads end unheard that Orbax leaves behind when the read of another array failed.
-
-    They end when their event loop is closed, in threads of their own and at no time one could wait
-    for; Python would print a traceback for each.
-    """
-    before = sys.unraisablehook
-
-    def hook(unraisable: sys.UnraisableHookArgs) -> None:
-        closed = repr(unraisable.exc_value) == "RuntimeError('Event loop is closed')"
-        code = getattr(unraisable.object, "cr_code", None)  # of a coroutine
-        if not (closed or (code is not None and "orbax" in Path(code.co_filename).parts)):
-            before(unraisable)
-
-    sys.unraisablehook = hook
 
 
 @contextlib.contextmanager
@@ -379,7 +358,7 @@ def read_params(checkpoint: Path, abstract_params: Any) -> Any:
         return handler.restore(where, args=args)[key]
     except Exception as error:  # Orbax raises a bare one where a file of an array is missing
         reason = first_line(error)
-    _silence_late_reads()
+    silence_late_reads()
     raise DamagedError(f"{where}: parameters cannot be read ({reason}): use another checkpoint")
 
 

@@ -50,7 +50,7 @@ class Parts:
         self.directory = directory
         self._store = Store(url)
         token = multihost_utils.broadcast_one_to_all(np.int32(random.getrandbits(31)))
-        self.attempt = f"{int(token):08x}"
+        self.mirror = PartMirror(self._store, directory, f"{int(token):08x}")
         if directory.exists():  # other parts of it may be gone; what was complete is on the store
             shutil.rmtree(directory)
         (directory / CHECKPOINTS).mkdir(parents=True)
@@ -76,8 +76,20 @@ class Parts:
             abstract_state: shapes with shardings, as they will be restored.
 
         Raises:
-            UserError: a file is missing there, or is not as long as its marker says.
+            DamagedError: a file is missing there, or is not as long as its marker says.
+            UserError: the store does not answer: that is no damage, and ends the run.
         """
+        try:
+            self._bring_shards(step, abstract_state)
+        except UserError:
+            raise
+        except Exception as error:  # each store has errors of its own
+            raise UserError(
+                f"{self._store.url}: step {step} could not be read ({error}): check the address "
+                "and your rights, then start again"
+            ) from error
+
+    def _bring_shards(self, step: int, abstract_state: Any) -> None:
         folder = self.directory / CHECKPOINTS / str(step)
         listed = self._store.listed(step)
         grids = {posixpath.dirname(n) for n in listed if posixpath.basename(n) == ".zarray"}
@@ -88,6 +100,7 @@ class Parts:
     def set_aside(self, steps: Iterable[int]) -> None:
         """Makes damaged checkpoints incomplete on the store; their files stay there."""
         for step in steps if jax.process_index() == 0 else ():
+            self.mirror.spare(step)
             self._store.unmark(step)
 
     def _bring(self, step: int, wanted: Any) -> None:
@@ -100,10 +113,6 @@ class Parts:
 
         sizes = {n: size for n, size in self._store.listed(step).items() if wanted(n)}
         at_once(get, sizes.keys(), sizes.values())
-
-    def mirror(self) -> PartMirror:
-        """What copies this process's part while the run goes on."""
-        return PartMirror(self._store, self.directory, self.attempt)
 
 
 def alone() -> ocp.options.MultiprocessingOptions:
@@ -214,6 +223,10 @@ class PartMirror(remote.Mirror):
             time.sleep(0.5)
             self.sync()
 
+    def spare(self, step: int) -> None:
+        """Leaves a step there that is no longer here, until the run has made it again."""
+        self._spared.add(step)
+
     def _unmarked(self) -> list[int]:
         """Steps that are here and not yet copied."""
         steps = remote.steps_in(self._directory)
@@ -257,6 +270,7 @@ class PartMirror(remote.Mirror):
                 return  # it comes: the next pass looks again
             files |= json.loads(record)
         remote.note(self._directory, step, self._store.mark(step, files))
+        self._spared.discard(step)
 
     def _record(self, step: int, process: int) -> str:
         return self._store.path(CHECKPOINTS, str(step), RECORDS, self._name(process))

@@ -49,6 +49,7 @@ class Mirror:
         self._store, self._directory, self._every_s = store, directory, every_s
         self._seen: dict[Path, tuple[int, float]] = {}
         self._had: set[int] = set()  # steps that were here at some time
+        self._spared: set[int] = set()  # of them those that stay there although they went here
         self._warned: set[int] = set()
         self._left = threading.Event()
         self._thread = threading.Thread(target=self._passes, name="m2jax-mirror", daemon=True)
@@ -95,7 +96,7 @@ class Mirror:
             if marker is None or marker != self._store.marker(step):
                 self._push(step)
         # Others are not this machine's to remove: it may have begun with the newest alone.
-        gone = self._had.difference(here)
+        gone = self._had.difference(here, self._spared)
         for step in gone.intersection(self._store.folders()):
             self._store.remove(step)
 

@@ -32,6 +32,10 @@ class IncompleteError(UserError):
     """A local checkpoint that is no complete one, or ceased to be while it was copied."""
 
 
+class DamagedError(UserError):
+    """A checkpoint whose files are missing, truncated or changed."""
+
+
 class Store:
     """A folder on an object store.
 
@@ -175,9 +179,9 @@ class Store:
         try:
             self.fs.get_file(source, str(local))
         except FileNotFoundError:
-            raise UserError(f"{source}: missing: remove the checkpoint to use another") from None
+            raise DamagedError(f"{source}: missing: remove the checkpoint to use another") from None
         if local.stat().st_size != size:
-            raise UserError(
+            raise DamagedError(
                 f"{source}: {local.stat().st_size} bytes, not {size}: remove the checkpoint to "
                 "use another"
             )

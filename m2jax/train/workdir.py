@@ -52,7 +52,7 @@ def opened(workdir: str | os.PathLike[str]) -> Iterator[Opened]:
     if not _shared(directory):
         own = directory.with_name(f"{directory.name}.part-{jax.process_index()}")
         parts = Parts(url, own)
-        with parts.mirror():
+        with parts.mirror:
             yield Opened(own, parts)
     elif jax.process_index() == 0:
         with remote.mirrored(url):

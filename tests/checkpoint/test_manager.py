@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from m2jax import config
-from m2jax.checkpoint import manager
+from m2jax.checkpoint import late_reads, manager
 from m2jax.checkpoint.manager import Checkpoints, read_params
 from m2jax.checkpoint.retention import goodness
 from m2jax.config import UserError
@@ -172,7 +172,7 @@ def test_another_shape_is_no_damage(tmp_path):
 def test_reads_that_outlive_a_failed_restore_are_not_heard_of(tmp_path, monkeypatch):
     heard = []
     monkeypatch.setattr(sys, "unraisablehook", heard.append)
-    manager._silence_late_reads.__wrapped__()
+    late_reads.silence_late_reads.__wrapped__()
     late = RuntimeError("Event loop is closed")
     for error in (late, RuntimeError("something else"), ValueError("Event loop is closed")):
         sys.unraisablehook(types.SimpleNamespace(exc_value=error, object=None))

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from m2jax.checkpoint import parts, remote
+from m2jax.checkpoint.store import DamagedError
 from m2jax.config import UserError
 
 COMMON = ("state/_METADATA", "state/a/.zarray", "data/metadata", "bundle/metadata")
@@ -147,6 +148,49 @@ def test_what_a_run_keeps_no_longer_goes_there_too(monkeypatch, tmp_path, url):
     run.sync(1)
     run.sync(0)
     assert run.store.folders() == [8]
+
+
+def parts_of(monkeypatch, url, folder):
+    """The parts of a run as its first process sees them, alone."""
+    monkeypatch.setattr(jax, "process_index", lambda: 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "process_count", lambda: 1)
+        return parts.Parts(url, folder)
+
+
+def test_a_damaged_checkpoint_stays_there_until_it_is_made_again(monkeypatch, tmp_path, url):
+    run = Processes(monkeypatch, tmp_path, url)
+    run.save(4)
+    for index in (1, 0):
+        run.sync(index)
+    found = parts_of(monkeypatch, url, tmp_path / "next")
+    found.mirror.sync()
+    found.set_aside([4])
+    (found.directory / "checkpoints" / "4").rename(found.directory / "checkpoints" / "4.damaged")
+    found.mirror.sync()
+    assert run.store.steps() == []
+    assert run.store.folders() == [4]  # it may be all there is
+
+
+def test_a_store_that_does_not_answer_is_no_damage(monkeypatch, tmp_path, url):
+    run = Processes(monkeypatch, tmp_path, url)
+    run.save(4)
+    for index in (1, 0):
+        run.sync(index)
+    found = parts_of(monkeypatch, url, tmp_path / "next")
+
+    def fail(*_):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(type(run.store.fs), "get_file", fail)
+    with pytest.raises(UserError, match="could not be read") as caught:
+        found.bring(4, {})
+    assert not isinstance(caught.value, DamagedError)
+    monkeypatch.undo()
+    monkeypatch.setattr(jax, "process_index", lambda: 0)
+    run.store.fs.rm_file(run.store.path("checkpoints", "4", "state/_METADATA"))
+    with pytest.raises(DamagedError, match="missing"):
+        found.bring(4, {})
 
 
 AXES = st.sampled_from([None, "x", "y", ("x", "y")])
