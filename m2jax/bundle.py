@@ -9,15 +9,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 from PIL import Image
 
@@ -31,7 +32,7 @@ from m2jax.data import stores
 from m2jax.data.image import Preprocess
 from m2jax.data.text import Tokenizer, Tokens, tokenizer_from_dict
 from m2jax.dist.mesh import make_mesh
-from m2jax.dist.sharding import AxisRules
+from m2jax.dist.sharding import AxisRules, gathered, mesh_of, replicated, spread
 from m2jax.models import layers
 from m2jax.models import params as params_lib
 from m2jax.models.dual import DualEncoder
@@ -61,7 +62,7 @@ class Bundle:
         self, pixels: Float[Array, "batch height width 3"] | Float[np.ndarray, "batch h w 3"]
     ) -> Float[Array, "batch dim"]:
         """Features of RGB images in [0, 1]; unit rows."""
-        return _image_features(self.graph, self.params, jnp.asarray(pixels))
+        return self._rows(_image_features, pixels)
 
     @property
     def patch_grid(self) -> int:
@@ -82,7 +83,7 @@ class Bundle:
         """
         if not self.patch_grid:
             raise UserError(f"{self.config.name}: has no patch features: use an M2-Encoder")
-        return _patch_features(self.graph, self.params, jnp.asarray(pixels))
+        return self._rows(_patch_features, pixels)
 
     def encode_text(
         self,
@@ -90,7 +91,24 @@ class Bundle:
         mask: Bool[Array, "batch length"] | Bool[np.ndarray, "batch length"],
     ) -> Float[Array, "batch dim"]:
         """Features of token ids (mask: 1 for tokens, 0 for padding); unit rows."""
-        return _text_features(self.graph, self.params, jnp.asarray(ids), jnp.asarray(mask))
+        return self._rows(_text_features, ids, mask)
+
+    def _rows(self, encode: Callable[..., jax.Array], *inputs: Any) -> jax.Array:
+        """Encodes where the parameters lie: on one device, or each of a mesh its share of the rows.
+
+        All processes of a mesh call this with the same inputs and get the same, whole, features.
+        """
+        mesh = self.mesh
+        if mesh is None:
+            return encode(self.graph, None, self.params, *map(jnp.asarray, inputs))
+        rows = (spread(each, mesh) for each in inputs)
+        return encode(self.graph, mesh, self.params, *rows)[: len(inputs[0])]
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """The devices that share the parameters and the rows; ``None`` where it is one device."""
+        leaf = jax.tree.leaves(self.params)[0]
+        return mesh_of(leaf) if isinstance(leaf, jax.Array) else None
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:
         """Token ids and mask of texts, ready for ``encode_text``.
@@ -127,21 +145,28 @@ class Bundle:
         return jnp.exp(scale) * (image_features @ text_features.T) + bias
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _image_features(graph: nnx.GraphDef, params: Params, pixels: jax.Array) -> jax.Array:
-    return params_lib.bind(graph, params).encode_image(pixels).features
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _patch_features(graph: nnx.GraphDef, params: Params, pixels: jax.Array) -> jax.Array:
-    return params_lib.bind(graph, params).encode_patches(pixels)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _text_features(
-    graph: nnx.GraphDef, params: Params, ids: jax.Array, mask: jax.Array
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _image_features(
+    graph: nnx.GraphDef, mesh: Mesh | None, params: Params, pixels: jax.Array
 ) -> jax.Array:
-    return params_lib.bind(graph, params).encode_text(ids, mask).features
+    with gathered(mesh) as whole:
+        return whole(params_lib.bind(graph, params).encode_image(pixels).features)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _patch_features(
+    graph: nnx.GraphDef, mesh: Mesh | None, params: Params, pixels: jax.Array
+) -> jax.Array:
+    with gathered(mesh) as whole:
+        return whole(params_lib.bind(graph, params).encode_patches(pixels))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _text_features(
+    graph: nnx.GraphDef, mesh: Mesh | None, params: Params, ids: jax.Array, mask: jax.Array
+) -> jax.Array:
+    with gathered(mesh) as whole:
+        return whole(params_lib.bind(graph, params).encode_text(ids, mask).features)
 
 
 def load(
@@ -161,33 +186,47 @@ def load(
         UserError: there is no such directory, or nothing readable in it.
     """
     directory = local_directory(path)
-    mesh = mesh or make_mesh(config_lib.Mesh(), jax.devices()[:1])
+    mesh = mesh or make_mesh(config_lib.Mesh(), jax.local_devices()[:1])
     checkpoint = checkpoint_of(directory)
     if checkpoint is None:
         return _load_exported(directory, dtype, mesh)
     saved = manager.read_bundle(checkpoint)
-    tokenizer = saved.assets["tokenizer"]
-    model = _for_use(saved.model, dtype, mesh)
-    abstract = params_lib.abstract(model)
+    abstract = params_lib.abstract(_for_use(saved.model, dtype, mesh))
     shapes = jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
         abstract.params,
         params_lib.shardings(abstract, mesh, AxisRules()),
     )
-    sigmoid = saved.experiment and saved.experiment.loss.contrastive.form == "sigmoid"
-    if sigmoid:
-        shapes[SIGMOID_BIAS] = jax.ShapeDtypeStruct(
-            (), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec())
-        )
+    if _is_sigmoid(saved.experiment):
+        shapes[SIGMOID_BIAS] = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
     params = manager.read_params(checkpoint.absolute(), shapes)
+    return around(saved, params, dtype=dtype, mesh=mesh)
+
+
+def around(saved: manager.Saved, params: Params, *, dtype: str = "float32", mesh: Mesh) -> Bundle:
+    """A model of parameters that are here already, such as those of a run as it trains.
+
+    Args:
+        saved: config, tokenizer and preprocessing, as a checkpoint keeps them.
+        params: of the model by name; others (of heads, say) are left out.
+        dtype: precision of the computation.
+        mesh: where the parameters lie.
+    """
+    model = _for_use(saved.model, dtype, mesh)
+    abstract, tokenizer = params_lib.abstract(model), saved.assets["tokenizer"]
     return Bundle(
         model,
         abstract.graph,
-        {name: value for name, value in params.items() if name in abstract.params},
+        {name: params[name] for name in abstract.params},
         None if tokenizer is None else tokenizer_from_dict(tokenizer),
         Preprocess.from_dict(saved.assets["preprocess"], _side(model)),
-        params[SIGMOID_BIAS] if sigmoid else None,
+        params[SIGMOID_BIAS] if _is_sigmoid(saved.experiment) else None,
     )
+
+
+def _is_sigmoid(experiment: config_lib.Experiment | None) -> bool:
+    """Whether a run trained a bias beside the scale of its logits."""
+    return experiment is not None and experiment.loss.contrastive.form == "sigmoid"
 
 
 def read_saved(path: str | os.PathLike[str]) -> manager.Saved | None:

@@ -12,22 +12,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Float
 from PIL import Image
 
 from m2jax import bundle as bundle_lib
+from m2jax import config as config_lib
 from m2jax.bundle import Bundle
 from m2jax.checkpoint import manager
-from m2jax.config import Mesh, Model, UserError
+from m2jax.config import Experiment, Model, UserError
 from m2jax.data.text import Speller
 from m2jax.dist.mesh import make_mesh
-from m2jax.dist.sharding import AxisRules
+from m2jax.dist.sharding import AxisRules, gathered, replicated, spread
 from m2jax.losses.language import linear_cross_entropy
 from m2jax.models import generate
 from m2jax.models import params as params_lib
 from m2jax.models.generate import Search
 from m2jax.models.heads import Heads
-from m2jax.models.params import Params
+from m2jax.models.params import Abstract, Params
 
 
 @dataclass(frozen=True)
@@ -66,17 +68,18 @@ class Captioner:
             raise UserError(f"search {search.method!r}: no such method: use one of {known}")
         speller = self.bundle.tokenizer
         assert isinstance(speller, Speller)  # load_captioner saw to it
-        written = _write(
+        ids = _write(
             (self.bundle.graph, self.graph),
+            self.bundle.mesh,
+            (search, speller.end, speller.vocab_size),
             (self.bundle.params, self.params),
-            jnp.asarray(self.bundle.preprocess(images)),
-            jnp.full(len(images), self.languages.index(language)),
-            jax.random.key(seed),
-            search,
-            speller.end,
-            speller.vocab_size,
+            np.asarray(jax.random.key_data(jax.random.key(seed))),
+            *self._placed(
+                self.bundle.preprocess(images),
+                np.full(len(images), self.languages.index(language)),
+            ),
         )
-        return [speller.decode(row) for row in jax.device_get(written.ids)]
+        return [speller.decode(row) for row in np.asarray(ids)[: len(images)]]
 
     def log_likelihood(
         self, images: Sequence[Image.Image], texts: Sequence[str], *, language: str = "en"
@@ -94,16 +97,27 @@ class Captioner:
         self._check_language(language)
         speller, tokens = self.bundle.tokenizer, self.bundle.tokenize(texts)
         assert speller is not None  # tokenize saw to it
+        mesh, pixels = self.bundle.mesh, self.bundle.preprocess(images)
+        if len(pixels) == 1 and mesh is not None:  # of all texts: every device has it
+            pixels = jax.device_put(pixels, replicated(mesh))
+        elif len(pixels) > 1:
+            (pixels,) = self._placed(pixels)
         found = _rate(
             (self.bundle.graph, self.graph),
-            (self.bundle.params, self.params),
-            jnp.asarray(self.bundle.preprocess(images)),
-            jnp.full(len(texts), self.languages.index(language)),
-            jnp.asarray(tokens.ids),
-            jnp.asarray(tokens.mask),
+            mesh,
             speller.vocab_size,
+            (self.bundle.params, self.params),
+            pixels,
+            *self._placed(
+                np.full(len(texts), self.languages.index(language)), tokens.ids, tokens.mask
+            ),
         )
-        return np.asarray(found)
+        return np.asarray(found)[: len(texts)]
+
+    def _placed(self, *inputs: np.ndarray) -> list[jax.Array]:
+        """Rows where the parameters lie; see ``Bundle``."""
+        mesh = self.bundle.mesh
+        return [jnp.asarray(x) if mesh is None else spread(x, mesh) for x in inputs]
 
     def _check_language(self, language: str) -> None:
         if language not in self.languages:
@@ -111,29 +125,27 @@ class Captioner:
             raise UserError(f"language {language!r}: the model writes {known}: use one of them")
 
 
-@functools.partial(jax.jit, static_argnums=(0, 5, 6, 7))
-def _write(graphs, params, pixels, language, rng, search, end, vocab_size) -> generate.Written:
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _write(graphs, mesh, how, params, seed, pixels, language) -> jax.Array:
     model, heads = (params_lib.bind(g, p) for g, p in zip(graphs, params, strict=True))
-    return generate.write(
-        heads.caption,
-        model.text_embed[...],
-        model.encode_image(pixels).vl.tokens,
-        language,
-        search=search,
-        end=end,
-        vocab_size=vocab_size,
-        rng=rng,
-    )
+    search, end, vocab_size = how
+    with gathered(mesh) as whole:
+        written = generate.write(
+            heads.caption,
+            model.text_embed[...],
+            model.encode_image(pixels).vl.tokens,
+            language,
+            search=search,
+            end=end,
+            vocab_size=vocab_size,
+            rng=jax.random.wrap_key_data(seed),
+        )
+        return whole(written.ids)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 6))
-def _rate(graphs, params, pixels, language, ids, mask, vocab_size) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _rate(graphs, mesh, vocab_size, params, pixels, language, ids, mask) -> jax.Array:
     model, heads = (params_lib.bind(g, p) for g, p in zip(graphs, params, strict=True))
-    table = model.text_embed[...]
-    memory = model.encode_image(pixels).vl.tokens
-    memory = jnp.broadcast_to(memory, (len(ids), *memory.shape[1:]))
-    # As in training: what stands before a word predicts it, the first from the language's tag.
-    states = heads.caption(table[ids[:, 1:-1]].astype(model.dtype), language, memory)
 
     def of_text(states: jax.Array, ids: jax.Array, mask: jax.Array) -> jax.Array:
         lost = linear_cross_entropy(
@@ -141,7 +153,13 @@ def _rate(graphs, params, pixels, language, ids, mask, vocab_size) -> jax.Array:
         )
         return -lost * mask.sum()
 
-    return jax.vmap(of_text)(states, ids[:, 1:], mask[:, 1:].astype(jnp.float32))
+    with gathered(mesh) as whole:
+        table = model.text_embed[...]
+        memory = model.encode_image(pixels).vl.tokens
+        memory = jnp.broadcast_to(memory, (len(ids), *memory.shape[1:]))
+        # As in training: what stands before a word predicts it, the first from the language's tag.
+        states = heads.caption(table[ids[:, 1:-1]].astype(model.dtype), language, memory)
+        return whole(jax.vmap(of_text)(states, ids[:, 1:], mask[:, 1:].astype(jnp.float32)))
 
 
 def can_write(path: str | os.PathLike[str]) -> bool:
@@ -155,19 +173,22 @@ def can_write(path: str | os.PathLike[str]) -> bool:
     return experiment is not None and experiment.loss.caption.weight > 0
 
 
-def load_captioner(path: str | os.PathLike[str], *, dtype: str = "float32") -> Captioner:
+def load_captioner(
+    path: str | os.PathLike[str], *, dtype: str = "float32", mesh: Mesh | None = None
+) -> Captioner:
     """Loads a model that was trained with ``loss.caption.weight``.
 
     Args:
         path: a work directory or one checkpoint folder, here or as ``m2jax.load`` finds them
             elsewhere.
         dtype: precision of the computation.
+        mesh: where the parameters are laid out by the usual rules; one device if not given.
 
     Raises:
         UserError: there is no such model, or it has no caption head or no tokenizer that spells.
     """
     directory = bundle_lib.local_directory(path)
-    loaded = bundle_lib.load(directory, dtype=dtype)
+    loaded = bundle_lib.load(directory, dtype=dtype, mesh=mesh)
     checkpoint, cfg = bundle_lib.checkpoint_of(directory), loaded.config
     experiment = manager.read_bundle(checkpoint).experiment if checkpoint else None
     if checkpoint is None or experiment is None or not isinstance(cfg, Model):
@@ -176,13 +197,25 @@ def load_captioner(path: str | os.PathLike[str], *, dtype: str = "float32") -> C
         raise UserError(f"{path}: has no caption head: train with loss.caption.weight above 0")
     if not isinstance(loaded.tokenizer, Speller):
         raise UserError(f"{path}: its tokenizer cannot turn ids into text: use GLM's or our own")
-    languages = experiment.data.languages
-    heads = params_lib.abstract_of(lambda rngs: Heads(rngs, cfg, experiment.loss, len(languages)))
-    mesh = make_mesh(Mesh(), jax.devices()[:1])
+    heads = _heads(cfg, experiment)
+    mesh = mesh or make_mesh(config_lib.Mesh(), jax.local_devices()[:1])
     shapes = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         heads.params,
         params_lib.shardings(heads, mesh, AxisRules()),
     )
-    params = manager.read_params(checkpoint.absolute(), {"heads": shapes})["heads"]
-    return Captioner(loaded, heads.graph, params, languages, cfg.max_text_len - 1)
+    params = manager.read_params(checkpoint.absolute(), {"heads": shapes})
+    return around(loaded, params, experiment)
+
+
+def around(bundle: Bundle, params: Params, experiment: Experiment) -> Captioner:
+    """A captioner of parameters that are here already, those of its heads under ``heads``."""
+    assert isinstance(bundle.config, Model)  # no other family has heads
+    graph = _heads(bundle.config, experiment).graph
+    languages = experiment.data.languages
+    return Captioner(bundle, graph, params["heads"], languages, bundle.config.max_text_len - 1)
+
+
+def _heads(cfg: Model, experiment: Experiment) -> Abstract:
+    languages = len(experiment.data.languages)
+    return params_lib.abstract_of(lambda rngs: Heads(rngs, cfg, experiment.loss, languages))

@@ -185,3 +185,26 @@ def test_a_model_of_another_family_has_no_patch_features(model):
     assert other.patch_grid == 0
     with pytest.raises(UserError, match="has no patch features: use an M2-Encoder"):
         other.encode_patches(np.zeros((1, 16, 16, 3), np.float32))
+
+
+@pytest.mark.parametrize("split", [1, 2])
+def test_a_mesh_encodes_the_same_and_gives_it_whole(model, split):
+    """Rows that do not divide over its devices, more than one parameter shard, one row."""
+    alone = m2jax.load(model)
+    shared = m2jax.load(model, mesh=make_mesh(config.Mesh(fsdp=split), jax.devices()[:4]))
+    assert alone.mesh is None
+    assert shared.mesh is not None
+    assert shared.mesh.shape["fsdp"] == split
+    side = alone.config.image_size
+    pixels = np.random.default_rng(0).random((5, side, side, 3), np.float32)
+    for kind in ("encode_image", "encode_patches"):
+        for rows in (pixels, pixels[:1]):
+            found = getattr(shared, kind)(rows)
+            assert found.is_fully_replicated
+            assert len(found) == len(rows)
+            np.testing.assert_allclose(found, getattr(alone, kind)(rows), atol=2e-6)
+    ids, mask = IDS.repeat(3, axis=0), MASK.repeat(3, axis=0)
+    ids[1, 1] = 9
+    found = shared.encode_text(ids, mask)
+    np.testing.assert_allclose(found, alone.encode_text(ids, mask), atol=2e-6)
+    assert np.abs(found[0] - found[1]).max() > 1e-3

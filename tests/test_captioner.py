@@ -3,6 +3,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -11,6 +12,7 @@ from m2jax import bundle as bundle_lib
 from m2jax import config
 from m2jax.captioner import can_write, load_captioner
 from m2jax.config import UserError
+from m2jax.dist.mesh import make_mesh
 from m2jax.eval import runner
 from m2jax.eval.scenes import PatchEncoder
 from m2jax.models.generate import Search
@@ -123,3 +125,17 @@ def test_the_likelihood_is_that_of_the_words_it_writes(workdir):
     np.testing.assert_allclose(found, each, rtol=1e-4)
     with pytest.raises(UserError, match="language 'fr'"):
         write.log_likelihood(picture, texts, language="fr")
+
+
+def test_devices_that_share_the_rows_write_and_rate_the_same(workdir):
+    mesh = make_mesh(config.Mesh(fsdp=2), jax.devices()[:4])
+    alone, shared = load_captioner(workdir), load_captioner(workdir, mesh=mesh)
+    images = [Image.new("RGB", (16, 16), colour) for colour in COLOURS.values()]
+    assert shared(images, language="zh") == alone(images, language="zh")
+    texts = [WORDS[name][1] for name in COLOURS]
+    for shown in (images, images[:1]):
+        np.testing.assert_allclose(
+            shared.log_likelihood(shown, texts, language="zh"),
+            alone.log_likelihood(shown, texts, language="zh"),
+            rtol=1e-4,
+        )

@@ -115,6 +115,11 @@ class Checkpoints:
         with _named_errors(f"{self._manager.directory}/{step}"):
             self._manager.save(step, args=items, force=True)
 
+    @property
+    def saved(self) -> Saved:
+        """What its checkpoints say beside the arrays, as ``read_bundle`` gives it."""
+        return parse_bundle(self._bundle, str(self._manager.directory))
+
     def score(self, step: int, figures: Mapping[str, float]) -> None:
         """Notes what is known of a checkpoint, where ``checkpoint.best`` chooses by something.
 

@@ -27,7 +27,7 @@ from jax.experimental import multihost_utils
 
 from m2jax.checkpoint import remote
 from m2jax.checkpoint.store import CHECKPOINTS, IncompleteError, Store, at_once, sizes_in
-from m2jax.config import Eval, UserError
+from m2jax.config import UserError
 
 RECORDS = "records"  # of a checkpoint: files of each process but the first, by attempt
 SMALL = ("data/", "bundle/")  # items that every process reads whole
@@ -289,17 +289,3 @@ class PartMirror(remote.Mirror):
 def _common(name: str) -> bool:
     """Whether the first process writes this file of a checkpoint for all."""
     return _described(name) or posixpath.basename(name) == "commit_success.txt"
-
-
-def refuse_scores(cfg: Eval, url: str) -> None:
-    """Refuses to score in a run where no process has a whole checkpoint.
-
-    Raises:
-        UserError: the config asks for it.
-    """
-    if cfg.suite or cfg.every:
-        raise UserError(
-            f"eval.suite={cfg.suite!r}, eval.every={cfg.every}: hosts without a folder in common "
-            "keep parts of checkpoints alone: set eval.suite= and eval.every=0 and score with "
-            f"`m2jax eval --model {url}`, or set M2JAX_STAGING to a folder that all share"
-        )

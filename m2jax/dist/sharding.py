@@ -12,10 +12,11 @@ import contextlib
 import contextvars
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from m2jax.config import UserError
@@ -95,6 +96,25 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def spread(array: np.ndarray | jax.Array, mesh: Mesh) -> jax.Array:
+    """Rows that every process of a mesh has whole, shared out over its batch axes.
+
+    The last row fills up what does not divide: whoever takes the result cuts off the rest.
+    """
+    rows = np.asarray(array)
+    missing = -len(rows) % batch_shards(mesh.shape)
+    rows = np.concatenate([rows, np.repeat(rows[-1:], missing, axis=0)])
+    return jax.make_array_from_callback(rows.shape, batch_sharding(mesh), lambda part: rows[part])
+
+
+def mesh_of(array: jax.Array) -> Mesh | None:
+    """The mesh an array lies on; ``None`` where that is one device of this process."""
+    place = array.sharding
+    if isinstance(place, NamedSharding) and isinstance(place.mesh, Mesh) and place.mesh.size > 1:
+        return place.mesh
+    return None
+
+
 _active: contextvars.ContextVar[tuple[Mesh, AxisRules] | None] = contextvars.ContextVar(
     "active_rules", default=None
 )
@@ -108,6 +128,19 @@ def use_rules(mesh: Mesh, rules: AxisRules) -> Iterator[None]:
         yield
     finally:
         _active.reset(token)
+
+
+@contextlib.contextmanager
+def gathered(mesh: Mesh | None) -> Iterator[Callable[[jax.Array], jax.Array]]:
+    """For a function being traced: its activations lie by the usual rules, its result is whole.
+
+    Gives what to call on the result. Without a mesh nothing is placed.
+    """
+    if mesh is None:
+        yield lambda result: result
+        return
+    with use_rules(mesh, AxisRules()):
+        yield lambda result: jax.lax.with_sharding_constraint(result, replicated(mesh))
 
 
 def constrain(x: jax.Array, logical_axes: Sequence[str | None]) -> jax.Array:

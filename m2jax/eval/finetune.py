@@ -85,9 +85,7 @@ def train(
         warmup_steps=int(recipe.warmup * steps),
         end_factor=0.0,
     )
-    dim = jax.eval_shape(
-        model.encode_image, jax.ShapeDtypeStruct((1, *_pixels(model, images, 0).shape), jnp.float32)
-    ).shape[-1]
+    dim = model.encode_image(_pixels(model, images, 0)[None]).shape[-1]
     params = {
         "encoder": model.params,
         "head": {"kernel": jnp.zeros((dim, classes)), "bias": jnp.zeros(classes)},

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from jax.sharding import Mesh
 
 from m2jax.bundle import Bundle, load, local_directory
 from m2jax.captioner import Captioner, can_write, load_captioner
@@ -146,19 +147,22 @@ def names() -> list[str]:
     return sorted({*SUITES, *suites.SUITES})
 
 
-def opened(path: str | os.PathLike[str]) -> tuple[Bundle, Captioner | None]:
+def opened(
+    path: str | os.PathLike[str], mesh: Mesh | None = None
+) -> tuple[Bundle, Captioner | None]:
     """A model as suites take it, with what writes its captions where it has a decoder.
 
     Args:
         path: what ``m2jax.load`` takes.
+        mesh: devices that share its parameters and the rows it encodes; one device if not given.
 
     Raises:
         UserError: see ``m2jax.load`` and ``load_captioner``.
     """
     directory = local_directory(path)  # a remote one is fetched once
     if not can_write(directory):
-        return load(directory), None
-    writer = load_captioner(directory)
+        return load(directory, mesh=mesh), None
+    writer = load_captioner(directory, mesh=mesh)
     return writer.bundle, writer
 
 

@@ -64,7 +64,7 @@ class Loop:
     meter: Meter = dataclasses.field(kw_only=True)
     profiler: Profiler = dataclasses.field(kw_only=True)
     workdir: Path = dataclasses.field(kw_only=True)
-    score: Callable[[], dict[str, float]] = dict  # figures of the newest checkpoint, eval.every
+    score: Callable[[TrainState], dict[str, float]] = lambda state: {}  # figures, eval.every
     flying: collections.deque[Metrics] = dataclasses.field(default_factory=collections.deque)
 
     def run(self, state: TrainState) -> LoopResult:
@@ -123,11 +123,11 @@ class Loop:
             raise unknown(best, metrics)
 
     def validate(self, step: int, state: TrainState, metrics: Metrics) -> dict[str, float]:
-        """Figures of this step, from its checkpoint: what whoever loads that would get."""
+        """Figures of this step; its checkpoint is saved: whoever loads it gets the same."""
         self.save(step, state, metrics)
         self.checkpoints.wait()
         self.meter.goodput.book("save")
-        figures = self.score()
+        figures = self.score(state)
         if self.experiment.checkpoint.best.removeprefix("-") not in metrics:
             self.checkpoints.score(step, figures | {name: float(v) for name, v in metrics.items()})
         self.watchdog.beat(step)

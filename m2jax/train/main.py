@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from m2jax.checkpoint.manager import Checkpoints
-from m2jax.checkpoint.parts import Parts, refuse_scores
+from m2jax.checkpoint.parts import Parts
 from m2jax.config import Experiment, UserError
 from m2jax.config_dual import Architecture, Dual
 from m2jax.data.loader import Loader, make_loader
@@ -21,8 +20,6 @@ from m2jax.dist.mesh import make_mesh
 from m2jax.dist.preemption import Preemption
 from m2jax.dist.sharding import batch_sharding
 from m2jax.dist.topology import chip_of
-from m2jax.eval.report import write_report
-from m2jax.eval.runner import VALIDATION, Evaluation, opened, run_suite, table, write_metrics
 from m2jax.obs.goodput import Goodput
 from m2jax.obs.metrics import MetricWriter, read_rows
 from m2jax.obs.profile import Profiler
@@ -38,6 +35,7 @@ from m2jax.train.loop import Loop
 from m2jax.train.m2_objectives import M2Task
 from m2jax.train.meter import Meter
 from m2jax.train.origin import Origin
+from m2jax.train.scoring import Scoring
 from m2jax.train.state import TrainState
 from m2jax.train.step import Step, make_step
 from m2jax.train.sycoca import SyCoCaTask
@@ -57,8 +55,6 @@ def run(experiment: Experiment, workdir: str | os.PathLike[str]) -> int:
         UserError: anything in the config, the data or the directory that cannot work.
     """
     with workdir_lib.opened(workdir) as (directory, parts):
-        if parts:
-            refuse_scores(experiment.eval, str(workdir))
         origin = origin_lib.adopt(experiment, directory) if experiment.finetune.init else None
         experiment = origin.experiment if origin else experiment
         workdir_lib.prepare(directory, experiment, own=parts is not None)
@@ -76,6 +72,7 @@ def _run(
     model = origin.model if origin else experiment.model
     task, step = assemble(experiment, mesh, model)
     checkpoints = Checkpoints(directory, experiment, loader.assets, model, parts)
+    scoring = Scoring(experiment, checkpoints.saved, mesh, directory)
     with Preemption() as preemption, Watchdog(experiment.train.stall_s) as watchdog:
         restored = checkpoints.restore(step.abstract_state)
         if restored is None:
@@ -93,7 +90,7 @@ def _run(
             meter=make_meter(experiment, mesh, model, loader, goodput, directory),
             profiler=profiler,
             workdir=directory,
-            score=functools.partial(validation, directory, experiment),
+            score=scoring.validation,
         )
         goodput.book("init")
         try:
@@ -106,8 +103,8 @@ def _run(
     if result.preempted:
         progress.note(f"step {result.steps}: preempted after a save; start again to go on")
         return PREEMPTED
-    if experiment.eval.suite and jax.process_index() == 0:
-        score(directory, experiment)
+    if experiment.eval.suite:
+        scoring.final(result.state)
         goodput.book("evaluation")
         goodput.write(experiment.train.steps)
     return 0
@@ -231,41 +228,6 @@ def begin(step: Step, origin: Origin | None, task: Task, mesh: Mesh, workdir: Pa
     if jax.process_index() == 0:
         print(origin_lib.describe(origin, taken))
     return step.begin(taken.params if read is None else {**taken.params, TOKENIZER: read})
-
-
-def validation(workdir: Path, experiment: Experiment) -> dict[str, float]:
-    """Figures of the newest checkpoint on what tuning may look at; one process takes them."""
-    suite = VALIDATION.get(experiment.eval.suite)
-    if suite is None or jax.process_index() != 0:
-        return {}
-    metrics = evaluated(workdir, experiment, suite).metrics
-    return {key: value for key, value in metrics.items() if not key.startswith("baseline/")}
-
-
-def evaluated(workdir: Path, experiment: Experiment, suite: str) -> Evaluation:
-    """A suite's figures for the newest checkpoint."""
-    model, writer = opened(workdir)
-    return run_suite(
-        model,
-        suite=suite,
-        data_dir=experiment.data.dir,
-        languages=experiment.data.languages,
-        batch_size=experiment.eval.batch_size,
-        hold_out_styles=experiment.data.hold_out_styles,
-        writer=writer,
-    )
-
-
-def score(workdir: Path, experiment: Experiment) -> None:
-    """Scores the newest checkpoint and leaves ``metrics.json`` and ``report.html``."""
-    evaluation = evaluated(workdir, experiment, experiment.eval.suite)
-    rows = read_rows(workdir / "metrics.jsonl")
-    seconds = rows[-1].get("seconds", 0.0) if rows else 0.0
-    metrics = {**evaluation.metrics, "train/seconds": seconds}
-    write_metrics(workdir / "metrics.json", metrics)
-    write_report(workdir, metrics, evaluation.scored)
-    print(table(metrics))
-    print(f"report: {workdir / 'report.html'}")
 
 
 def use_cpu_devices(experiment: Experiment) -> None:

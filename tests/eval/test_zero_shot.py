@@ -54,7 +54,7 @@ def test_map_leaves_out_classes_that_no_picture_shows():
 def test_top_k_and_balanced_accuracy_equal_scikit_learn(seed):
     rng = np.random.default_rng(seed)
     images, weights = (unit(rng.normal(size=(n, 12))) for n in (70, 9))
-    labels = rng.integers(0, 9, 70)
+    labels = np.r_[:9, rng.integers(0, 9, 61)]  # scikit-learn warns of a class that no picture has
     found = zero_shot.classification(images, weights, labels)
     scores = images @ weights.T
     for k in (1, 5):

@@ -5,12 +5,14 @@ import json
 
 import pytest
 
+import m2jax
 from m2jax.checkpoint.store import Store
 from tests import s3_server
-from tests.multiprocess import harness
+from tests.multiprocess import harness, worker
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
 SHARDED = "mesh.fsdp=4", "mesh.data=1"
+SCORED = "eval.suite=rows", "eval.every=8", "checkpoint.best=-cosine/0/top1"
 
 
 def shards(folder):
@@ -25,13 +27,21 @@ def staged(workdir, attempt, process, step):
     return found
 
 
+def figures(workdir):
+    """Those of the suite, by step."""
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    found = {row["step"]: {k: v for k, v in row.items() if "cosine" in k} for row in rows}
+    return {step: values for step, values in found.items() if values}
+
+
 def test_a_run_of_processes_that_share_no_folder(tmp_path, monkeypatch):
     whole, cut, url = tmp_path / "whole", tmp_path / "cut", "s3://runs/parts"
     slow = {"kind": "slow", "step": 6, "after": 0.2}  # jax looks for a signal once a second
-    assert harness.launch(whole, 2, 2, *SHARDED).wait() == [0, 0]
+    assert harness.launch(whole, 2, 2, *SHARDED, *SCORED).wait() == [0, 0]
 
     def go(processes, devices, *faults):
-        job = harness.launch(cut, processes, devices, *SHARDED, faults=faults, store=url)
+        settings = *SHARDED, *SCORED
+        job = harness.launch(cut, processes, devices, *settings, faults=faults, store=url)
         codes = job.wait()
         print("\n".join(job.output(index) for index in range(processes)))
         return codes
@@ -56,9 +66,22 @@ def test_a_run_of_processes_that_share_no_folder(tmp_path, monkeypatch):
         assert kept == sorted(saved)[-3:]
         assert go(1, 4) == [0]  # on one machine, from the parts of two
         assert store.steps()[-1] == 24
-        (cut / "metrics.jsonl").write_bytes(store.read("metrics.jsonl"))
+        for name in ("metrics.jsonl", "metrics.json"):
+            (cut / name).write_bytes(store.read(name))
+        best = store.read("checkpoints", "best").decode()
+        loaded = m2jax.load(url)
     expected, found = harness.losses(whole), harness.losses(cut)
     assert found.keys() == expected.keys()
     for step, figures in found.items():
         assert figures == pytest.approx(expected[step], rel=0 if step <= kept[-1] else 1e-5)
     assert harness.consecutive(harness.samples(cut))
+    # Four devices of two processes that hold a part each score like one that holds all.
+    alone = worker.features(loaded, None).metrics
+    assert len(alone) == 10
+    last = json.loads((cut / "metrics.json").read_text())
+    assert {key: last[key] for key in alone} == pytest.approx(alone, abs=1e-6)
+    assert figures(cut).keys() == {8, 16, 24}
+    for step, found in figures(cut).items():
+        assert found == pytest.approx(figures(whole)[step], abs=0 if step <= kept[-1] else 1e-6)
+    assert figures(cut)[24] == pytest.approx(alone, abs=1e-6)
+    assert int(best) == min(figures(whole), key=lambda step: figures(whole)[step]["cosine/0/top1"])

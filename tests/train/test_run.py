@@ -16,7 +16,7 @@ from m2jax.data.loader import make_loader
 from m2jax.dist.mesh import make_mesh
 from m2jax.obs.metrics import read_rows
 from m2jax.train import loop as loop_lib
-from m2jax.train import main
+from m2jax.train import main, scoring
 from m2jax.train import state as state_lib
 from m2jax.train import step as step_lib
 from m2jax.train.image_text import ImageTextTask
@@ -143,7 +143,7 @@ def test_a_rewind_passes_over_checkpoints_that_the_spike_led_to(tmp_path, monkey
     assert went == [(None, None), (3, 2)]
 
 
-def test_validation_rows_come_from_the_steps_own_checkpoint(tmp_path, monkeypatch):
+def test_validation_rows_tell_of_the_steps_own_checkpoint(tmp_path, monkeypatch):
     cfg = toy.experiment(monkeypatch, log_every=8)
     best = config.Checkpoint(every=100, keep=1, best="zero_shot/x/top1")
     cfg = dataclasses.replace(cfg, eval=config.Eval(suite="emoji", every=4), checkpoint=best)
@@ -154,11 +154,11 @@ def test_validation_rows_come_from_the_steps_own_checkpoint(tmp_path, monkeypatc
         count = float(np.abs(model.params["text_embed"]).sum())
         figure = count - 100 * len(asked)  # the first is the best
         seen.append((figure, count))
-        return main.Evaluation({"zero_shot/x/top1": figure, "baseline/chance/x/top1": 1.0}, [])
+        return scoring.Evaluation({"zero_shot/x/top1": figure, "baseline/chance/x/top1": 1.0}, [])
 
     seen = []
-    monkeypatch.setattr(main, "run_suite", run_suite)
-    monkeypatch.setattr(main, "write_report", lambda *_: None)
+    monkeypatch.setattr(scoring, "run_suite", run_suite)
+    monkeypatch.setattr(scoring, "write_report", lambda *_: None)
     main.run(cfg, tmp_path)
     rows = read_rows(tmp_path / "metrics.jsonl")
     assert asked == ["emoji-validation", "emoji-validation", "emoji"]
