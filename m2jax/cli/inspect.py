@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import math
 from typing import Any, NamedTuple
 
@@ -57,6 +58,10 @@ def run(args: argparse.Namespace) -> int:
     total = sum(math.prod(line.shape) for line in lines)
     each = sum(line.bytes_per_device for line in lines)
     mesh = " ".join(f"{axis}={size}" for axis, size in shape.items())
+    parts = collections.Counter[str]()
+    for line in lines:
+        parts[line.name.split(".")[0]] += math.prod(line.shape)
+    print("of them " + ", ".join(f"{name} {size:,}" for name, size in parts.most_common()))
     print(f"{total:,} parameters; {each:,} bytes per device on {devices} devices ({mesh})")
     return 0
 
@@ -64,8 +69,11 @@ def run(args: argparse.Namespace) -> int:
 def layout(experiment: Any, devices: int) -> tuple[list[Line], dict[str, int]]:
     """The parameters of an experiment on a mesh of so many devices, and the mesh's sizes.
 
+    Those of the heads and of the tokenizer that its losses ask for are among them.
+
     Raises:
-        UserError: the mesh does not fit the devices, or a parameter does not divide over it.
+        UserError: the mesh does not fit the devices, a parameter does not divide over it, or the
+            losses do not go together.
     """
     import jax
     from jax.sharding import AbstractMesh, AxisType
@@ -73,11 +81,12 @@ def layout(experiment: Any, devices: int) -> tuple[list[Line], dict[str, int]]:
     from m2jax.dist.mesh import AXES, mesh_shape
     from m2jax.dist.sharding import AxisRules
     from m2jax.models import params
+    from m2jax.train.main import make_task
 
     sizes = mesh_shape(experiment.mesh, devices)
     # Shardings take an abstract mesh as well as a real one, though not all signatures say so.
     mesh: Any = AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
-    model = params.abstract(experiment.model)
+    model = make_task(experiment, mesh).model
     places = params.flatten(params.shardings(model, mesh, AxisRules()))
     lines = []
     for row in params.table(model):

@@ -314,6 +314,7 @@ def test_inspect_prints_every_parameter(capsys: pytest.CaptureFixture[str]) -> N
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["parameter", "shape", "axes", "mesh", "axes", "bytes/device"]
     assert "on 8 devices (replica=1 data=4 fsdp=2 model=1)" in lines[-1]
+    assert lines[-2].startswith("of them backbone ")
     assert any(line.startswith("backbone.blocks.A.q.kernel ") for line in lines)
 
 
@@ -322,14 +323,16 @@ def test_inspect_counts_what_initialisation_makes() -> None:
     from m2jax.dist.mesh import make_mesh
     from m2jax.dist.sharding import AxisRules
     from m2jax.models import params
+    from m2jax.train import main as train_main
 
-    experiment = load_config("emoji", ["mesh.fsdp=4", "mesh.model=1"])
+    heads = ["loss.caption.weight=2", "loss.masked_text.weight=1"]
+    experiment = load_config("emoji", ["mesh.fsdp=4", "mesh.model=1", *heads])
     lines, sizes = inspect_verb.layout(experiment, 8)
     assert sizes == {"replica": 1, "data": 2, "fsdp": 4, "model": 1}
-    model = params.abstract(experiment.model)
-    places = params.shardings(model, make_mesh(experiment.mesh), AxisRules())
-    init = jax.jit(lambda rng: params.initialise(experiment.model, rng), out_shardings=places)
-    made = params.flatten(init(jax.random.key(0)))
+    task = train_main.make_task(experiment, make_mesh(experiment.mesh))
+    places = params.shardings(task.model, make_mesh(experiment.mesh), AxisRules())
+    made = params.flatten(jax.jit(task.init, out_shardings=places)(jax.random.key(0)))
+    assert any(line.name.startswith("heads.caption.") for line in lines)
     assert {line.name: line.shape for line in lines} == {k: v.shape for k, v in made.items()}
     for line in lines:
         assert line.bytes_per_device == made[line.name].addressable_shards[0].data.nbytes
