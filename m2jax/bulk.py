@@ -16,11 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from m2jax import bundle as bundle_lib
-from m2jax import config
 from m2jax.bundle import Bundle
 from m2jax.config import UserError
 from m2jax.data import feature_files
@@ -29,8 +27,7 @@ from m2jax.data.feature_files import Row
 from m2jax.data.pairs import Pair, Pairs
 from m2jax.data.shards import ShardPairs, manifest_row
 from m2jax.data.tars import TarPairs
-from m2jax.dist.mesh import make_mesh
-from m2jax.dist.sharding import batch_sharding, batch_shards
+from m2jax.dist.mesh import local_mesh
 
 SETTINGS = "embed.json"
 ENDS = 2**20  # bytes of a shard's beginning and end that tell it from others
@@ -208,33 +205,27 @@ class _Encoder:
     """A model on the mesh of this process's devices, fed in batches of one shape."""
 
     def __init__(self, model: str, options: Options) -> None:
-        devices = jax.local_devices()
-        self.mesh = make_mesh(config.Mesh(data=-1, fsdp=options.split), devices)
-        self.bundle = bundle_lib.load(model, mesh=self.mesh)
-        self._sharding = batch_sharding(self.mesh)
-        shards = batch_shards(self.mesh.shape)
-        self.batch = -(-options.batch // shards) * shards
+        self.bundle = bundle_lib.load(model, mesh=local_mesh(options.split))
+        self.batch = options.batch
 
     def images(self, pixels: np.ndarray) -> np.ndarray:
         """Features [n, dim] float32 of as many images as a batch holds, or fewer."""
-        (placed,) = self._placed(pixels)
-        return np.asarray(self.bundle.encode_image(placed), np.float32)[: len(pixels)]
+        (full,) = self._full(pixels)
+        return np.asarray(self.bundle.encode_image(full), np.float32)[: len(pixels)]
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
         """Features [n, dim] float32 of any number of texts."""
         found = []
         for first in range(0, len(texts), self.batch):
             tokens = self.bundle.tokenize(texts[first : first + self.batch])
-            ids, mask = self._placed(tokens.ids, tokens.mask)
-            features = np.asarray(self.bundle.encode_text(ids, mask), np.float32)
-            found.append(features[: len(tokens.ids)])
+            features = self.bundle.encode_text(*self._full(tokens.ids, tokens.mask))
+            found.append(np.asarray(features, np.float32)[: len(tokens.ids)])
         return np.concatenate(found)
 
-    def _placed(self, *arrays: np.ndarray) -> Iterator[jax.Array]:
-        """The arrays filled up to a batch (one shape is compiled once), on the devices."""
+    def _full(self, *arrays: np.ndarray) -> Iterator[np.ndarray]:
+        """The arrays filled up to a batch: one shape is compiled once."""
         for array in arrays:
-            rows = np.arange(self.batch) % len(array)
-            yield jax.device_put(array[rows], self._sharding)
+            yield array[np.arange(self.batch) % len(array)]
 
 
 def _shard(

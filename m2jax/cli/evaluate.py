@@ -69,6 +69,13 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--batch-size", type=int, default=64, help="pictures at once (64)")
     parser.add_argument(
+        "--model-devices",
+        type=int,
+        default=1,
+        metavar="N",
+        help="spread the parameters over N devices (1)",
+    )
+    parser.add_argument(
         "--hold-out-styles",
         default="",
         metavar="STYLE,...",
@@ -86,13 +93,15 @@ def run(args: argparse.Namespace) -> int:
     from m2jax import bundle
     from m2jax.config import UserError
     from m2jax.dist.host import load_devices
+    from m2jax.dist.mesh import local_mesh
     from m2jax.eval import runner, tables
 
     languages = tuple(part for part in args.languages.split(",") if part)
     if not languages:
         raise UserError("--languages: names no language: write en,zh")
-    if args.batch_size < 1:
-        raise UserError(f"--batch-size {args.batch_size}: must be at least 1")
+    for flag, value in (("--batch-size", args.batch_size), ("--model-devices", args.model_devices)):
+        if value < 1:
+            raise UserError(f"{flag} {value}: must be at least 1")
     for path, flag in ((args.json, "--json"), (args.markdown, "--markdown")):
         if path:
             files.check_parent(path, flag)
@@ -102,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
     held_out = tuple(part for part in args.hold_out_styles.split(",") if part)
     if not held_out and (saved := bundle.read_saved(args.model)) and saved.experiment:
         held_out = saved.experiment.data.hold_out_styles
-    model, writer = runner.opened(args.model)
+    model, writer = runner.opened(args.model, local_mesh(args.model_devices))
     if request is not None:
         request = request.rated_by(writer)
     found = runner.run_suite(

@@ -36,6 +36,18 @@ def make_mesh(spec: config.Mesh, devices: Sequence[Any] | None = None) -> Mesh:
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def local_mesh(split: int = 1) -> Mesh:
+    """This process's own devices, for work that processes do not share.
+
+    Args:
+        split: devices that one copy of the parameters is spread over; the rest share the rows.
+
+    Raises:
+        UserError: it does not divide the number of devices.
+    """
+    return make_mesh(config.Mesh(data=-1, fsdp=split), jax.local_devices())
+
+
 def mesh_shape(spec: config.Mesh, devices: int) -> tuple[int, ...]:
     """Sizes of ``AXES`` for a number of devices, with a -1 filled in.
 

@@ -117,7 +117,7 @@ def test_eval_scores_and_writes(bundle: FakeBundle, install: Install, tmp_path: 
         examples = {"a": np.ones((3, 1, 2), np.float32)}
         return SimpleNamespace(metrics={"x/b": 0.5, "x/a": 1.0}, examples=examples, questions="q")
 
-    opened = lambda path: (bundle, "writer")  # noqa: E731
+    opened = lambda path, mesh: (bundle, "writer")  # noqa: E731
     install("m2jax.eval.runner", run_suite=run_suite, opened=opened, check=lambda *asked: None)
     out = tmp_path / "scores.json"
     words = ["eval", "--model", "m", "--suite", "s", "--data", "d", "--languages", "zh"]
@@ -141,7 +141,7 @@ def test_eval_hands_a_data_set_over_with_its_names(
         calls.append(options["request"])
         return SimpleNamespace(metrics={"x/a": 1.0}, examples={}, questions="")
 
-    opened = lambda path: (bundle, "writer")  # noqa: E731
+    opened = lambda path, mesh: (bundle, "writer")  # noqa: E731
     install("m2jax.eval.runner", run_suite=run_suite, opened=opened, check=lambda *asked: None)
     names, out = tmp_path / "names.txt", tmp_path / "a.json"
     names.write_text("猫\n狗\n", encoding="utf-8")
@@ -175,7 +175,7 @@ def test_eval_hands_a_data_set_over_with_its_names(
 def test_an_unwritable_output_is_refused_before_the_work(
     bundle: FakeBundle, install: Install, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    install("m2jax.eval.runner", opened=lambda path: pytest.fail("ran"))
+    install("m2jax.eval.runner", opened=lambda path, mesh: pytest.fail("ran"))
     assert main(["eval", "--model", "m", "--json", str(tmp_path / "no" / "x.json")]) == 2
     assert "make it first" in capsys.readouterr().err
 

@@ -15,11 +15,9 @@ import numpy as np
 from jaxtyping import Float32
 
 from m2jax import bundle as bundle_lib
-from m2jax import config
 from m2jax.bundle import Bundle
 from m2jax.config import UserError
-from m2jax.dist.mesh import make_mesh
-from m2jax.dist.sharding import batch_sharding, batch_shards
+from m2jax.dist.mesh import local_mesh
 from m2jax.tasks.video import decode
 
 SAMPLE = 64  # values of each parameter that tell models apart
@@ -39,12 +37,9 @@ class Encoder:
     """An image tower on the mesh of this process's devices, fed in batches of one shape."""
 
     def __init__(self, model: str, batch: int = 64) -> None:
-        mesh = make_mesh(config.Mesh(data=-1), jax.local_devices())
-        self.bundle = bundle_lib.load(model, mesh=mesh)
+        self.bundle = bundle_lib.load(model, mesh=local_mesh())
         self.identity = identity(self.bundle, Path(model).name, bundle_lib.resolved(model))
-        self._sharding = batch_sharding(mesh)
-        shards = batch_shards(mesh.shape)
-        self.batch = -(-batch // shards) * shards
+        self.batch = batch
 
     def video(self, path: Path, rate: float) -> Float32[np.ndarray, "frames dim"]:
         """Features of a video's frames, decoded while others are encoded.
@@ -66,8 +61,7 @@ class Encoder:
     def _encode(self, squares: Sequence[Any]) -> np.ndarray:
         pixels = np.stack([np.asarray(square, np.float32) / 255 for square in squares])
         rows = np.arange(self.batch) % len(pixels)  # one shape: compiled once
-        placed = jax.device_put(pixels[rows], self._sharding)
-        return np.asarray(self.bundle.encode_image(placed), np.float32)[: len(pixels)]
+        return np.asarray(self.bundle.encode_image(pixels[rows]), np.float32)[: len(pixels)]
 
 
 def identity(bundle: Bundle, name: str, checkpoint: str = "") -> Identity:
