@@ -197,7 +197,8 @@ class Checkpoints:
                 there = directory / f"{bad}.damaged"
                 if there.exists():
                     there.rmtree()
-                (directory / str(bad)).rename(there)
+                if (directory / str(bad)).exists():  # of a run in parts it may be there alone
+                    (directory / str(bad)).rename(there)
                 if jax.process_index() != 0:
                     continue
                 print(

@@ -10,6 +10,7 @@ that restores copies the shards it needs and no others.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import posixpath
@@ -26,7 +27,14 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from m2jax.checkpoint import remote
-from m2jax.checkpoint.store import CHECKPOINTS, IncompleteError, Store, at_once, sizes_in
+from m2jax.checkpoint.store import (
+    CHECKPOINTS,
+    DamagedError,
+    IncompleteError,
+    Store,
+    at_once,
+    sizes_in,
+)
 from m2jax.config import UserError
 
 RECORDS = "records"  # of a checkpoint: files of each process but the first, by attempt
@@ -56,7 +64,8 @@ class Parts:
         (directory / CHECKPOINTS).mkdir(parents=True)
         remote.take_logs(self._store, directory)
         for step in self.steps():
-            self._bring(step, lambda name: name.startswith(SMALL))
+            with contextlib.suppress(DamagedError):  # ``restore`` says so, and sets it aside
+                self._bring(step, lambda name: name.startswith(SMALL))
             remote.note(directory, step, self._store.marker(step) or b"")
 
     def steps(self) -> list[int]:

@@ -190,12 +190,12 @@ class Store:
         """Names and sizes that the marker of a checkpoint lists; all lie inside of it.
 
         Raises:
-            UserError: the marker lists none, or others.
+            DamagedError: the marker lists none, or others.
         """
         sizes = self._sizes_of(step)
         for name in sizes:
             if posixpath.isabs(name) or not {"", ".", ".."}.isdisjoint(name.split("/")):
-                raise UserError(
+                raise DamagedError(
                     f"{self.url}: {MARKER} of step {step} names {name!r}, which lies outside of "
                     "the checkpoint: remove the checkpoint"
                 )
@@ -209,7 +209,7 @@ class Store:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             pass
         where = self.path(CHECKPOINTS, str(step), MARKER)
-        raise UserError(f"{where}: lists no files: remove the checkpoint to use another")
+        raise DamagedError(f"{where}: lists no files: remove the checkpoint to use another")
 
 
 def at_once(work: Callable[..., None], *items: Iterable[Any]) -> None:

@@ -13,8 +13,11 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from m2jax.checkpoint import parts, remote
+from m2jax.checkpoint import store as store_lib
+from m2jax.checkpoint.manager import Checkpoints
 from m2jax.checkpoint.store import DamagedError
 from m2jax.config import UserError
+from tests.checkpoint.test_manager import ASSETS, EXPERIMENT, state, target
 
 COMMON = ("state/_METADATA", "state/a/.zarray", "data/metadata", "bundle/metadata")
 
@@ -191,6 +194,27 @@ def test_a_store_that_does_not_answer_is_no_damage(monkeypatch, tmp_path, url):
     run.store.fs.rm_file(run.store.path("checkpoints", "4", "state/_METADATA"))
     with pytest.raises(DamagedError, match="missing"):
         found.bring(4, {})
+
+
+@pytest.mark.parametrize("marker", [b'{"files": {}}', b"", b"[", b'{"files": {"../x": 1}}'])
+def test_a_marker_that_says_nothing_costs_its_step_alone(
+    monkeypatch, tmp_path, url, capsys, marker
+):
+    before = parts_of(monkeypatch, url, tmp_path / "before")
+    checkpoints = Checkpoints(before.directory, EXPERIMENT, ASSETS, parts=before)
+    for step in (4, 8):
+        checkpoints.save(step, state(step), {"next_index": step})
+    checkpoints.wait()
+    before.mirror.sync()
+    store = remote.Store(url)
+    assert store.steps() == [4, 8]
+    store.fs.pipe_file(store.path("checkpoints", "8", store_lib.MARKER), marker)
+    now = parts_of(monkeypatch, url, tmp_path / "now")
+    restored = Checkpoints(now.directory, EXPERIMENT, ASSETS, parts=now).restore(target(state(0)))
+    assert restored.step == 4
+    np.testing.assert_array_equal(restored.state["x"], state(4)["x"])
+    assert store.steps() == [4]
+    assert ("goes on from step 4" in capsys.readouterr().err) == bool(marker)
 
 
 AXES = st.sampled_from([None, "x", "y", ("x", "y")])

@@ -10,7 +10,7 @@ from m2jax.checkpoint.store import Store
 from tests import s3_server
 from tests.multiprocess import harness, worker
 
-pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
+pytestmark = pytest.mark.multiprocess
 SHARDED = "mesh.fsdp=4", "mesh.data=1"
 SCORED = "eval.suite=rows", "eval.every=8", "checkpoint.best=-cosine/0/top1"
 
@@ -34,6 +34,7 @@ def figures(workdir):
     return {step: values for step, values in found.items() if values}
 
 
+@pytest.mark.slow
 def test_a_run_of_processes_that_share_no_folder(tmp_path, monkeypatch):
     whole, cut, url = tmp_path / "whole", tmp_path / "cut", "s3://runs/parts"
     slow = {"kind": "slow", "step": 6, "after": 0.2}  # jax looks for a signal once a second
@@ -85,3 +86,20 @@ def test_a_run_of_processes_that_share_no_folder(tmp_path, monkeypatch):
         assert found == pytest.approx(figures(whole)[step], abs=0 if step <= kept[-1] else 1e-6)
     assert figures(cut)[24] == pytest.approx(alone, abs=1e-6)
     assert int(best) == min(figures(whole), key=lambda step: figures(whole)[step]["cosine/0/top1"])
+
+
+@pytest.mark.soak
+def test_full_disks_under_the_parts(tmp_path, monkeypatch):
+    """The save of step 8 fits on no machine: the run ends, and goes on from 4 on other ones."""
+    whole, cut, url = tmp_path / "whole", tmp_path / "cut", "s3://runs/full"
+    assert harness.launch(whole, 2, 2, *SHARDED).wait() == [0, 0]
+    with s3_server.serving(monkeypatch):
+        fault = {"kind": "full", "step": 8, "saving": True, "bytes": 1000}
+        job = harness.launch(cut, 2, 2, *SHARDED, faults=(fault,), store=url)
+        assert not {0, -9} & {*job.wait(grace_s=120)}, job.output()
+        assert Store(url).steps() == [4]
+        job = harness.launch(cut, 2, 2, *SHARDED, store=url)
+        assert job.wait() == [0, 0], job.output()
+        (cut / "metrics.jsonl").write_bytes(Store(url).read("metrics.jsonl"))
+    assert harness.losses(cut) == harness.losses(whole)
+    assert harness.consecutive(harness.samples(cut))
