@@ -21,6 +21,7 @@ from m2jax import config as config_lib
 from m2jax.bundle import Bundle
 from m2jax.checkpoint import manager
 from m2jax.config import Experiment, Model, UserError
+from m2jax.data.pairs import caption_languages
 from m2jax.data.text import Speller
 from m2jax.dist.mesh import make_mesh
 from m2jax.dist.sharding import AxisRules, gathered, replicated, spread
@@ -212,10 +213,10 @@ def around(bundle: Bundle, params: Params, experiment: Experiment) -> Captioner:
     """A captioner of parameters that are here already, those of its heads under ``heads``."""
     assert isinstance(bundle.config, Model)  # no other family has heads
     graph = _heads(bundle.config, experiment).graph
-    languages = experiment.data.languages
+    languages = caption_languages(experiment.data, experiment.loss.caption)
     return Captioner(bundle, graph, params["heads"], languages, bundle.config.max_text_len - 1)
 
 
 def _heads(cfg: Model, experiment: Experiment) -> Abstract:
-    languages = len(experiment.data.languages)
+    languages = len(caption_languages(experiment.data, experiment.loss.caption))
     return params_lib.abstract_of(lambda rngs: Heads(rngs, cfg, experiment.loss, languages))

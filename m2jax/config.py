@@ -180,6 +180,7 @@ class Caption:
 
     weight: float = 0.0  # CoCa takes 2, beside 1 of ITC
     layers: int = 3
+    languages: tuple[str, ...] = ()  # a tag each; none: those of data.languages, en and zh of "any"
     patches: str = "all"  # that the decoder sees: all | high | low | random, by fit to the text
     ratio: float = 0.5  # share of the patches it sees, unless all
     positions: int = 8  # tokens of a text whose logits exist at once

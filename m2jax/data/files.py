@@ -11,7 +11,7 @@ from m2jax.config import Data, Experiment, Part, UserError
 from m2jax.data import glm, stores
 from m2jax.data.home import data_home
 from m2jax.data.image import Preprocess
-from m2jax.data.pairs import PairBatches, Pairs
+from m2jax.data.pairs import ANY, PairBatches, Pairs, caption_languages
 from m2jax.data.shards import ShardPairs
 from m2jax.data.tars import TarPairs
 from m2jax.data.text import SentencePieceTokenizer, Tokenizer, tokenizer_from_dict
@@ -51,7 +51,15 @@ def pair_batches(experiment: Experiment, assets: Mapping[str, Any] | None) -> Pa
         tokenizer=tokenizer,
         preprocess=preprocess,
         seed=experiment.train.seed,
+        tags=_tags(experiment),
     )
+
+
+def _tags(experiment: Experiment) -> tuple[str, ...]:
+    """Languages of the caption head, where a row's place does not tell its text's."""
+    data, caption = experiment.data, experiment.loss.caption
+    tagged = caption.weight > 0 and ANY in data.languages
+    return caption_languages(data, caption) if tagged else ()
 
 
 def _alone(cfg: Data) -> Part:

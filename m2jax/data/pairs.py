@@ -13,13 +13,14 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from PIL import Image
 
-from m2jax.config import Data, UserError
+from m2jax.config import Caption, Data, UserError
 from m2jax.data import m2_transform
 from m2jax.data.image import Preprocess
 from m2jax.data.order import Order
 from m2jax.data.text import Tokenizer, tokenizer_from_dict
 
 ANY = "any"  # the language that stands for whichever a row has
+LANGUAGES = ("en", "zh")  # that it may have
 TRIES = 100  # unreadable rows in a row after which a source counts as broken
 
 
@@ -45,12 +46,20 @@ class Pairs(Protocol):
         ...
 
 
+def caption_languages(data: Data, caption: Caption) -> tuple[str, ...]:
+    """The languages a caption head writes, in the order of their tags."""
+    if caption.languages:
+        return caption.languages
+    return LANGUAGES if ANY in data.languages else data.languages
+
+
 class Chosen(NamedTuple):
     """A row that could be read."""
 
     row: int
     image: Image.Image  # RGBA square: as a batch holds it
     texts: tuple[str, ...]  # one per language of the run
+    tags: tuple[int, ...]  # of the texts' languages, where they are asked for
     skipped: int  # unreadable rows before it
 
 
@@ -64,6 +73,7 @@ class PairBatches:
         tokenizer: of the model.
         preprocess: of the model.
         seed: of the run.
+        tags: languages whose number a batch tells of each text; none: it does not.
 
     Raises:
         UserError: no sources, an empty one, or weights that cannot be.
@@ -80,7 +90,9 @@ class PairBatches:
         tokenizer: Tokenizer,
         preprocess: Preprocess,
         seed: int,
+        tags: tuple[str, ...] = (),
     ) -> None:
+        self._tags = tags
         self.parts = tuple(sources)  # what the numbers in a batch's "part" stand for
         self._sources = list(sources.values())
         self._cfg, self._seed = cfg, seed
@@ -104,7 +116,8 @@ class PairBatches:
         Returns:
             image uint8 [n, views, size, size, 4] (the views are alike: augmentation tells them
             apart), text int32 and text_mask bool [n, languages, length], concept int32 [n] (the
-            row's number over all sources); for the log alone, part int32 [n] (index into
+            row's number over all sources); language int32 [n, languages] where there are tags (the
+            number of each text's); for the log alone, part int32 [n] (index into
             ``parts``) and skipped int32 [n] (unreadable rows passed over).
 
         Raises:
@@ -122,9 +135,12 @@ class PairBatches:
         image = np.empty((n, self._cfg.views, side, side, 4), np.uint8)
         for row, one in enumerate(chosen):
             image[row] = np.asarray(one.image)
+        told = {}
+        if self._tags:
+            told["language"] = np.array([one.tags for one in chosen], np.int32)
         tokens = self._tokenizer([text for one in chosen for text in one.texts])
         numbers = [self._first[p] + one.row for p, one in zip(found.part, chosen, strict=True)]
-        return {
+        return told | {
             "image": image,
             "text": tokens.ids.reshape(n, languages, -1),
             "text_mask": tokens.mask.reshape(n, languages, -1),
@@ -148,9 +164,9 @@ class PairBatches:
             number = (row + skipped) % len(source)
             try:
                 pair = source.read(number)
-                texts = self._texts(pair.texts, place, f"row {number} of {self.parts[part]}")
+                texts, tags = self._texts(pair.texts, place, f"row {number} of {self.parts[part]}")
                 square = self._square(pair.image, place).convert("RGBA")
-                return Chosen(number, square, texts, skipped)
+                return Chosen(number, square, texts, tags, skipped)
             except UserError:
                 if self._cfg.unreadable == "error":
                     raise
@@ -168,14 +184,14 @@ class PairBatches:
 
     def _texts(
         self, texts: Mapping[str, str | tuple[str, ...]], place: int, where: str
-    ) -> tuple[str, ...]:
-        """One text per language of the run; of several in a language, one by lot."""
-        chosen = []
+    ) -> tuple[tuple[str, ...], tuple[int, ...]]:
+        """One text per language of the run and its tag; of several in a language, one by lot."""
+        chosen, tags = [], []
         for number, language in enumerate(self._cfg.languages):
             if language == ANY and texts:
                 rng = np.random.default_rng((self._seed, 2, place, number))
-                found = texts[sorted(texts)[rng.integers(len(texts))]]
-            elif language in texts:
+                language = sorted(texts)[rng.integers(len(texts))]
+            if language in texts:
                 found = texts[language]
             else:
                 raise UserError(
@@ -186,4 +202,11 @@ class PairBatches:
                 rng = np.random.default_rng((self._seed, 3, place, number))
                 found = found[rng.integers(len(found))]
             chosen.append(found)
-        return tuple(chosen)
+            if self._tags:
+                if language not in self._tags:
+                    raise UserError(
+                        f"{where}: has a text in {language!r}, which the caption head has no tag "
+                        f"for: add it to loss.caption.languages={self._tags}, or leave the row out"
+                    )
+                tags.append(self._tags.index(language))
+        return tuple(chosen), tuple(tags)

@@ -166,20 +166,24 @@ def opened(
     return writer.bundle, writer
 
 
-def check(suite: str, languages: Sequence[str], request: Request | None) -> None:
-    """Refuses what cannot be scored, before a model is loaded for it.
+def check(
+    suite: str, languages: Sequence[str], request: Request | None, *, flag: str = "--suite"
+) -> None:
+    """Refuses what cannot be scored, before a model is loaded for it; ``flag`` asked for it.
 
     Raises:
         UserError: an unknown suite or language, no data set where the suite needs one, or one that
             would give figures that say nothing.
     """
     if suite not in names():
-        raise UserError(f"--suite {suite}: no such suite: use one of {', '.join(names())}")
+        raise UserError(f"{flag} {suite}: no such suite: use one of {', '.join(names())}")
     unknown = set(languages) - {"en", "zh"}
     if unknown:
         raise UserError(f"--languages {sorted(unknown)[0]}: the suite has en and zh")
     if suite in suites.SUITES and request is None:
-        raise UserError(f"--suite {suite}: scores a data set: name it with --data [READER:]PATH")
+        raise UserError(
+            f"{flag} {suite}: scores a data set: name it to `m2jax eval` with --data [READER:]PATH"
+        )
     if request is not None and suite in suites.SUITES:
         suites.check(suite, request)
 

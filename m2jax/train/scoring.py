@@ -20,9 +20,10 @@ from m2jax.bundle import Bundle
 from m2jax.captioner import Captioner
 from m2jax.checkpoint.manager import Saved
 from m2jax.config import Experiment
+from m2jax.data.pairs import ANY, LANGUAGES
 from m2jax.data.text import Speller
 from m2jax.eval.report import write_report
-from m2jax.eval.runner import VALIDATION, Evaluation, run_suite, table, write_metrics
+from m2jax.eval.runner import VALIDATION, Evaluation, check, run_suite, table, write_metrics
 from m2jax.obs.metrics import read_rows
 from m2jax.train.state import TrainState
 
@@ -35,6 +36,20 @@ class Scoring:
     saved: Saved  # as its checkpoints have it
     mesh: Mesh
     directory: Path  # for what the first process leaves
+
+    def __post_init__(self) -> None:
+        """Refuses now what could not be scored at the end.
+
+        Raises:
+            UserError: no such suite, or one that needs a data set.
+        """
+        if suite := self.experiment.eval.suite:
+            check(suite, self._languages(), None, flag="eval.suite")
+
+    def _languages(self) -> tuple[str, ...]:
+        """Those the suite asks in."""
+        named = tuple(name for name in self.experiment.data.languages if name != ANY)
+        return named or LANGUAGES
 
     def validation(self, state: TrainState) -> dict[str, float]:
         """Figures on what tuning may look at; none where the suite has no such part."""
@@ -54,7 +69,7 @@ class Scoring:
         metrics = {**evaluation.metrics, "train/seconds": seconds}
         write_metrics(self.directory / "metrics.json", metrics)
         write_report(self.directory, metrics, evaluation.scored)
-        print(table(metrics))
+        print(table(evaluation.metrics))
         print(f"report: {self.directory / 'report.html'}")
 
     def model(self, state: TrainState) -> tuple[Bundle, Captioner | None]:
@@ -74,7 +89,7 @@ class Scoring:
             model,
             suite=suite,
             data_dir=cfg.data.dir,
-            languages=cfg.data.languages,
+            languages=self._languages(),
             batch_size=cfg.eval.batch_size,
             hold_out_styles=cfg.data.hold_out_styles,
             writer=writer,

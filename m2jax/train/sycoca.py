@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from m2jax.config import Experiment, UserError
+from m2jax.data.pairs import ANY, caption_languages
 from m2jax.losses import masked as masked_lib
 from m2jax.losses.language import linear_cross_entropy
 from m2jax.models import params as params_lib
@@ -69,6 +70,12 @@ class SyCoCaTask:
             )
         self.experiment = experiment
         self.itc = ImageTextTask(experiment, mesh)
+        self.languages = caption_languages(experiment.data, experiment.loss.caption)
+        if unknown := set(experiment.data.languages) - {*self.languages, ANY}:
+            raise UserError(
+                f"loss.caption.languages={self.languages}: lacks {min(unknown)!r} of "
+                "data.languages: add it"
+            )
         self.heads: Abstract = params_lib.abstract_of(self._make_heads)
         self.model: Abstract = params_lib.beside(self.itc.model, HEADS, self.heads)
         self.tokenizer: Abstract | None = None
@@ -78,7 +85,7 @@ class SyCoCaTask:
 
     def _make_heads(self, rngs: nnx.Rngs) -> Heads:
         cfg = self.experiment
-        return Heads(rngs, cfg.model, cfg.loss, len(cfg.data.languages))
+        return Heads(rngs, cfg.model, cfg.loss, len(self.languages))
 
     def init(self, rng: jax.Array) -> Params:
         """Fresh parameters; the encoder's are those of a run without heads.
@@ -92,8 +99,11 @@ class SyCoCaTask:
         return params
 
     def batch_spec(self, batch_size: int) -> Mapping[str, jax.ShapeDtypeStruct]:
-        """As of ``ImageTextTask``."""
-        return self.itc.batch_spec(batch_size)
+        """As of ``ImageTextTask``; with the language of each text where its place does not tell."""
+        spec, texts = dict(self.itc.batch_spec(batch_size)), self.experiment.data.languages
+        if ANY in texts and self.experiment.loss.caption.weight:
+            spec["language"] = jax.ShapeDtypeStruct((batch_size, len(texts)), jnp.int32)
+        return spec
 
     def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Metrics]:
         """The weighted sum of the objectives, and each of them."""
@@ -139,6 +149,12 @@ class SyCoCaTask:
         languages = batch["text"].shape[1]
         view = jnp.arange(languages) % views
 
+        if "language" in batch:
+            language = batch["language"].reshape(-1)
+        else:
+            known = [self.languages.index(name) for name in self.experiment.data.languages]
+            language = jnp.tile(jnp.asarray(known), rows)
+
         def paired(x: jax.Array) -> jax.Array:
             by_view = x.reshape(rows, views, *x.shape[1:])
             return by_view[:, view].reshape(rows * languages, *x.shape[1:])
@@ -150,7 +166,7 @@ class SyCoCaTask:
             text_feature=forward.text.features,
             ids=batch["text"].reshape(rows * languages, -1),
             mask=batch["text_mask"].reshape(rows * languages, -1),
-            language=jnp.tile(jnp.arange(languages), rows),
+            language=language,
         )
 
     def _relevance(self, model: M2Encoder, pairs: Pairs) -> jax.Array:

@@ -59,7 +59,7 @@ def sample(number, **texts):
     ]
 
 
-def batches(sources, cfg=None, weights=None, seed=0):
+def batches(sources, cfg=None, weights=None, seed=0, tags=()):
     """Batches of 8 over sources by name."""
     cfg = cfg or config.Data(batch_size=8)
     return PairBatches(
@@ -69,6 +69,7 @@ def batches(sources, cfg=None, weights=None, seed=0):
         tokenizer=TOKENIZER,
         preprocess=Preprocess(SIZE, "white"),
         seed=seed,
+        tags=tags,
     )
 
 

@@ -14,6 +14,7 @@ from m2jax.config import UserError
 from m2jax.data import image, tars
 from m2jax.data.files import pair_batches
 from m2jax.data.loader import Loader
+from m2jax.data.pairs import caption_languages
 from m2jax.data.tars import TarPairs
 from m2jax.data.tsv import TsvPairs
 from m2jax.dist.mesh import make_mesh
@@ -171,6 +172,19 @@ def test_a_row_without_a_language_is_named_and_any_takes_what_there_is(tmp_path)
     batch = own_files.batches({"own": TsvPairs(file)}, cfg).batch(0, slice(0, 2))
     texts = own_files.TOKENIZER(["thing 0", "东西 1"]).ids
     np.testing.assert_array_equal(batch["text"][:, 0], texts[batch["concept"]])
+    assert "language" not in batch
+
+
+def test_a_caption_head_is_told_the_language_of_each_text(tmp_path):
+    file = own_files.write_tsv(tmp_path, 2)
+    file.write_text("path\ten\tzh\n0.png\tthing 0\t \n1.png\t\t东西 1\n")
+    cfg = config.Data(batch_size=2, languages=("any",))
+    assert caption_languages(cfg, config.Caption()) == ("en", "zh")
+    tagged = {"tags": caption_languages(cfg, config.Caption(languages=("fr", "zh", "en")))}
+    batch = own_files.batches({"own": TsvPairs(file)}, cfg, **tagged).batch(0, slice(0, 2))
+    np.testing.assert_array_equal(batch["language"][:, 0], np.array([2, 1])[batch["concept"]])
+    with pytest.raises(UserError, match=r"row 1 of own: has a text in 'zh', which .* no tag for"):
+        own_files.batches({"own": TsvPairs(file)}, cfg, tags=("en",)).batch(0, slice(0, 2))
 
 
 def tar_pairs(tmp_path, members, name="a.tar"):

@@ -171,6 +171,14 @@ def test_validation_rows_tell_of_the_steps_own_checkpoint(tmp_path, monkeypatch)
     assert (tmp_path / "checkpoints" / "best").read_text() == "4\n"  # with keep=1, kept as the best
 
 
+def test_a_suite_that_could_not_run_at_the_end_is_refused_at_the_start(tmp_path, monkeypatch):
+    cfg = toy.experiment(monkeypatch)
+    for suite, match in (("emojis", "eval.suite emojis: no such"), ("vqa", "vqa: scores a")):
+        with pytest.raises(UserError, match=match):
+            main.run(dataclasses.replace(cfg, eval=config.Eval(suite=suite)), tmp_path)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
 @pytest.mark.parametrize("every", [0, 4])
 def test_a_best_that_nothing_measures_is_refused_early(tmp_path, monkeypatch, every):
     cfg = toy.experiment(monkeypatch, log_every=8)

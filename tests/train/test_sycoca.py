@@ -63,6 +63,35 @@ def test_the_loss_is_the_weighted_sum_and_its_encoder_starts_as_without_heads(wi
     jax.tree.map(np.testing.assert_array_equal, alone, {k: params[k] for k in alone})
 
 
+def test_texts_in_whichever_language_bring_their_tags(monkeypatch):
+    """Rows of one text each lose as the same texts do where their places tell the language."""
+    both = experiment(monkeypatch, masked_image={"weight": 0.0})
+    task, params, batch = setting(both)
+    data = dataclasses.replace(both.data, languages=("any",), views=1)
+    alone = SyCoCaTask(dataclasses.replace(both, data=data))
+    assert alone.model.params["heads"] == task.model.params["heads"]
+    spec = alone.batch_spec(16)
+    assert spec["language"].shape == (16, 1)
+    assert "language" not in task.batch_spec(16)
+    picked = {"image": batch["image"][:, :1], "concept": batch["concept"]}
+
+    @jax.jit
+    def lost(language, told):
+        texts = {k: batch[k][:, language][:, None] for k in ("text", "text_mask")}
+        told = jnp.full((16, 1), told)
+        return alone.loss(params, picked | texts | {"language": told}, jax.random.key(0))[1]
+
+    found = np.array([[lost(text, told)["loss/caption"] for told in (0, 1)] for text in (0, 1)])
+    assert np.abs(np.diff(found, axis=1)).min() > 1e-6  # the tag is seen
+    twin = {**batch, "image": batch["image"][:, :1].repeat(2, axis=1)}
+    whole = jax.jit(task.loss)(params, twin, jax.random.key(0))[1]["loss/caption"]
+    words = np.asarray(batch["text_mask"][:, :, 1:].sum((0, 2)))
+    expected = (found[0, 0] * words[0] + found[1, 1] * words[1]) / words.sum()
+    np.testing.assert_allclose(whole, expected, rtol=1e-5)
+    with pytest.raises(UserError, match=r"loss.caption.languages=\('fr',\): lacks 'en'"):
+        SyCoCaTask(experiment(monkeypatch, caption={"languages": ("fr",)}))
+
+
 def relevant(params, forward, image, text, which, count=4):
     """The patches of an image that fit a text best or worst, by cosine, in their order; NumPy."""
     mapped = np.asarray(forward.image.vl.tokens)[image][1:] @ params["image_vl_head"]["kernel"]
