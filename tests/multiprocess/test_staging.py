@@ -37,7 +37,7 @@ def figures(workdir):
 @pytest.mark.slow
 def test_a_run_of_processes_that_share_no_folder(tmp_path, monkeypatch):
     whole, cut, url = tmp_path / "whole", tmp_path / "cut", "s3://runs/parts"
-    slow = {"kind": "slow", "step": 6, "after": 0.2}  # jax looks for a signal once a second
+    slow = {"kind": "slow", "step": 6, "after": 0.6}  # jax looks for a signal once a second
     assert harness.launch(whole, 2, 2, *SHARDED, *SCORED).wait() == [0, 0]
 
     def go(processes, devices, *faults):
