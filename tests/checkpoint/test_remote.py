@@ -11,7 +11,7 @@ from m2jax.bundle import load
 from m2jax.checkpoint import remote
 from m2jax.config import UserError
 from m2jax.train import main
-from tests import s3_server
+from tests import object_server
 from tests.train import toy
 
 
@@ -189,23 +189,23 @@ def test_one_checkpoint_and_a_model_folder_can_be_named(tmp_path, url):
     assert {file.name for file in found.iterdir()} == {"config.json", "weights.safetensors"}
 
 
-@pytest.fixture
-def bucket(monkeypatch, tmp_path):
-    """A run's address in a bucket of a local S3 server."""
+@pytest.fixture(params=["s3", "gs"])
+def bucket(request, monkeypatch, tmp_path):
+    """A run's address in a bucket of a local server."""
     monkeypatch.setenv("M2JAX_STAGING", str(tmp_path / "staging"))
-    with s3_server.serving(monkeypatch):
-        yield "s3://runs/a"
+    with object_server.serving(monkeypatch, request.param):
+        yield f"{request.param}://runs/a"
 
 
 @pytest.mark.slow
-def test_a_run_on_s3_resumes_on_another_machine(bucket, monkeypatch, tmp_path):
+def test_a_run_in_a_bucket_resumes_on_another_machine(bucket, monkeypatch, tmp_path):
     whole_story(bucket, monkeypatch, tmp_path)
 
 
 def test_a_bucket_that_is_not_there_is_one_line(bucket, monkeypatch):
     with (
         pytest.raises(UserError, match="could not be written") as caught,
-        remote.mirrored("s3://other/a") as folder,
+        remote.mirrored(bucket.replace("runs", "other")) as folder,
     ):
         local_run(folder)
     assert "\n" not in str(caught.value)

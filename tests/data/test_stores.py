@@ -8,7 +8,7 @@ import pytest
 
 from m2jax.config import UserError
 from m2jax.data import stores
-from tests import s3_server
+from tests import object_server
 
 
 @pytest.fixture
@@ -105,13 +105,15 @@ def test_names_that_lead_elsewhere_are_refused(bucket, monkeypatch):
     assert not (cache.parent / "out").exists()
 
 
-def test_a_real_s3_server_tells_versions_apart(tmp_path, monkeypatch):
-    with s3_server.serving(monkeypatch) as fs:
+@pytest.mark.parametrize("kind", ["s3", "gs"])
+def test_a_real_server_tells_versions_apart(tmp_path, monkeypatch, kind):
+    with object_server.serving(monkeypatch, kind) as fs:
         fs.pipe_file("runs/data/x/0.txt", b"one")
         fs.pipe_file("runs/data/1.txt", b"two")
 
         def texts(*patterns):
-            found = stores.matching([f"s3://runs/{p}" for p in patterns], "x", tmp_path / "cache")
+            named = [f"{kind}://runs/{pattern}" for pattern in patterns]
+            found = stores.matching(named, "x", tmp_path / "cache")
             files = (f for top in found for f in ([top] if top.is_file() else top.rglob("*.txt")))
             return {file.read_text() for file in files}
 
@@ -121,5 +123,5 @@ def test_a_real_s3_server_tells_versions_apart(tmp_path, monkeypatch):
         assert texts("data") == {"one", "six"}
         with pytest.raises(UserError, match="matches no file"):
             texts("data/none-*")
-        with pytest.raises(UserError, match="s3://runs/none"):
+        with pytest.raises(UserError, match=f"{kind}://runs/none"):
             texts("none")

@@ -7,7 +7,7 @@ import pytest
 
 import m2jax
 from m2jax.checkpoint.store import Store
-from tests import s3_server
+from tests import object_server
 from tests.multiprocess import harness, worker
 
 pytestmark = pytest.mark.multiprocess
@@ -47,7 +47,7 @@ def test_a_run_of_processes_that_share_no_folder(tmp_path, monkeypatch):
         print("\n".join(job.output(index) for index in range(processes)))
         return codes
 
-    with s3_server.serving(monkeypatch):
+    with object_server.serving(monkeypatch):
         store = Store(url)
         assert go(2, 2, {"kind": "term", "step": 6, "process": 1}, slow) == [42, 42]
         stopped = store.steps()[-1]  # a job that was told to end leaves all of it on the store
@@ -93,7 +93,7 @@ def test_full_disks_under_the_parts(tmp_path, monkeypatch):
     """The save of step 8 fits on no machine: the run ends, and goes on from 4 on other ones."""
     whole, cut, url = tmp_path / "whole", tmp_path / "cut", "s3://runs/full"
     assert harness.launch(whole, 2, 2, *SHARDED).wait() == [0, 0]
-    with s3_server.serving(monkeypatch):
+    with object_server.serving(monkeypatch):
         fault = {"kind": "full", "step": 8, "saving": True, "bytes": 1000}
         job = harness.launch(cut, 2, 2, *SHARDED, faults=(fault,), store=url)
         assert not {0, -9} & {*job.wait(grace_s=120)}, job.output()
