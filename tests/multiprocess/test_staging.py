@@ -73,8 +73,8 @@ def test_a_run_of_processes_that_share_no_folder(tmp_path, monkeypatch):
         loaded = m2jax.load(url)
     expected, found = harness.losses(whole), harness.losses(cut)
     assert found.keys() == expected.keys()
-    for step, figures in found.items():
-        assert figures == pytest.approx(expected[step], rel=0 if step <= kept[-1] else 1e-5)
+    for step, lost in found.items():
+        assert lost == pytest.approx(expected[step], rel=0 if step <= kept[-1] else 1e-5)
     assert harness.consecutive(harness.samples(cut))
     # Four devices of two processes that hold a part each score like one that holds all.
     alone = worker.features(loaded, None).metrics
@@ -82,8 +82,8 @@ def test_a_run_of_processes_that_share_no_folder(tmp_path, monkeypatch):
     last = json.loads((cut / "metrics.json").read_text())
     assert {key: last[key] for key in alone} == pytest.approx(alone, abs=1e-6)
     assert figures(cut).keys() == {8, 16, 24}
-    for step, found in figures(cut).items():
-        assert found == pytest.approx(figures(whole)[step], abs=0 if step <= kept[-1] else 1e-6)
+    for step, cosines in figures(cut).items():
+        assert cosines == pytest.approx(figures(whole)[step], abs=0 if step <= kept[-1] else 1e-6)
     assert figures(cut)[24] == pytest.approx(alone, abs=1e-6)
     assert int(best) == min(figures(whole), key=lambda step: figures(whole)[step]["cosine/0/top1"])
 
