@@ -165,12 +165,14 @@ def _written(
         first = min(start, total - batch)
         texts += writer(shown.images[first : first + batch], language=language)[start - first :]
     references = [scene.statements[language] for scene in shown.scenes]
-    scores = captions.score(texts, references, language=language)
-    return {
-        name: value
-        for key, share in scores._asdict().items()
-        for name, value in _spread(f"{stem}/{key}", share).items()
-    }
+    # What one gets who knows how captions sound and does not look at the picture.
+    blind = [scene.captions[language] for scene in (*shown.scenes[1:], shown.scenes[0])]
+    found: dict[str, float] = {}
+    for where, said in ((stem, texts), (f"baseline/another_caption/{stem}", blind)):
+        scores = captions.score(said, references, language=language)
+        for key, share in scores._asdict().items():
+            found |= _spread(f"{where}/{key}", share)
+    return found
 
 
 class Targets(NamedTuple):

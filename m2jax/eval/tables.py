@@ -94,9 +94,16 @@ def _scenes_table(metrics: dict[str, float]) -> str:
     for stem in sorted({k.rpartition("/")[0] for k in metrics if k.startswith("scenes/")}):
         cells = [_cell(metrics, f"{stem}/{name}") for name in SCENE_COLUMNS]
         lines.append(f"{stem.removeprefix('scenes/'):16}" + "".join(f"{c:>21}" for c in cells))
-    for kind, said in (("chance", "by chance"), ("any_drawing", "pointing at any drawing")):
+    baselines = {
+        "chance": "by chance",
+        "any_drawing": "pointing at any drawing",
+        "another_caption": "another picture's caption",
+    }
+    for kind, said in baselines.items():
         stem = f"baseline/{kind}/scenes/"
         for key in sorted(k for k in metrics if k.startswith(stem)):
+            if key.endswith(("_low", "_high")):
+                continue
             lines.append(f"{said}: {key.removeprefix(stem)} {_cell(metrics, key)}")
     return "\n".join(line.rstrip() for line in lines)
 

@@ -93,10 +93,14 @@ def test_one_who_knows_everything_gets_everything():
         for name in ("mean_recall", "pointing", "cider", "bleu4", "rouge_l", "i2t_r5"):
             assert found[f"{stem}/{name}_low"] <= found[f"{stem}/{name}"]
             assert found[f"{stem}/{name}"] <= found[f"{stem}/{name}_high"]
+        blind = f"baseline/another_caption/{stem}"  # sounds right, and tells of something else
+        assert 0 < found[f"{blind}/cider"] < 0.2 * found[f"{stem}/cider"]
+        assert 0.2 < found[f"{blind}/rouge_l"] < 0.9
     expected = np.mean([1 / 40, 5 / 40, 10 / 40])
     np.testing.assert_allclose(found["baseline/chance/scenes/s/mean_recall"], expected)
     assert len({scene.captions["en"] for scene in shown.scenes}) < 40  # equal captions were right
     assert "s/zh" in runner.table(found)
+    assert "another picture's caption: s/zh/cider" in runner.table(found)
     assert found.keys() == scored(batch=7)[1].keys()
     assert found == scored(batch=7)[1]  # batches that do not divide lose no row
 
