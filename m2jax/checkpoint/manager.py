@@ -43,6 +43,19 @@ class Restored(NamedTuple):
     data: dict[str, Any]
 
 
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, which leaves preemption to the loop.
+
+    It would ask jax's preemption service again when a save ends, with that save's step. The service
+    takes the last step it was asked about for where the process is, and agrees on the one after:
+    processes that were steps ahead never came there, or only some of them did.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        """Never: a save is started by who knows."""
+        return False
+
+
 class Checkpoints:
     """The checkpoints of one work directory.
 
@@ -82,7 +95,7 @@ class Checkpoints:
             options = dataclasses.replace(options, **parts_lib.alone_options())
             registry = parts_lib.registry()
         where = folder(workdir)
-        self._manager = ocp.CheckpointManager(where, options=options, handler_registry=registry)
+        self._manager = _Manager(where, options=options, handler_registry=registry)
 
     def save(
         self,

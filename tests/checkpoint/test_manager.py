@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
 from m2jax import config
 from m2jax.checkpoint import late_reads, manager
@@ -59,6 +60,17 @@ def saved(workdir, steps, metrics=None, *, later=False, **cfg):
             checkpoints.score(step, found)
     checkpoints.wait()
     return checkpoints
+
+
+def test_a_save_does_not_tell_the_preemption_service_where_the_run_is(tmp_path, monkeypatch):
+    """It is behind the run by then; see ``_Manager``."""
+    asked = []
+    monkeypatch.setattr(
+        multihost_utils, "reached_preemption_sync_point", lambda step: asked.append(step) or False
+    )
+    saved(tmp_path, (1, 2)).close()
+    assert folders(tmp_path) == ["1", "2"]
+    assert asked == []
 
 
 def test_newest_milestones_and_the_best_stay(tmp_path):
