@@ -115,6 +115,11 @@ def launch(
     return job
 
 
+def killed(codes: list[int]) -> bool:
+    """Whether a SIGKILL to all ended all: who got it later may have aborted for want of the first."""
+    return -9 in codes and {*codes} <= {-9, -6, 1}
+
+
 def losses(workdir: Path) -> dict[int, tuple[float, float]]:
     """Loss and gradient norm of every step, from the rows of the run."""
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
