@@ -116,7 +116,7 @@ def launch(
 
 
 def killed(codes: list[int]) -> bool:
-    """Whether a SIGKILL to all ended all: who got it later may have aborted for want of the first."""
+    """Whether a SIGKILL to all ended all; the later ones may have aborted for want of the first."""
     return -9 in codes and {*codes} <= {-9, -6, 1}
 
 
