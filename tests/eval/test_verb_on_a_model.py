@@ -149,7 +149,7 @@ def test_data_sets_on_a_store(model, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--suite", "retrieval"], "name it with --data"),
+        (["--suite", "retrieval"], "with --data [READER:]PATH"),
         (["--suite", "retrieval", "--data", "nowhere.jsonl"], "No such file"),
         (["--model-devices", "0"], "--model-devices 0: must be at least 1"),
         (
