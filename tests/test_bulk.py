@@ -20,6 +20,7 @@ from m2jax.data.build import work
 from m2jax.data.build.records import Example
 from m2jax.data.image import Preprocess
 from m2jax.models import params as params_lib
+from tests import object_server
 from tests.data import own_files
 from tests.data.test_shards import write_shards
 
@@ -228,6 +229,43 @@ def test_what_does_not_fit_is_one_line(model, tmp_path):
     assert [p.name for p in (tmp_path / "bad").glob("*.parquet")] == ["a.parquet"]
 
 
+@pytest.mark.slow
+def test_shards_on_a_store(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("M2JAX_DATA", str(tmp_path / "home"))
+    shards = sorted(write_shards(tmp_path / "s", 9).iterdir())
+    tar = own_files.write_tar(
+        tmp_path / "t.tar", [m for n in range(3) for m in own_files.sample(n)]
+    )
+    embed(model, [*shards, tar], tmp_path / "here")
+    words = ["embed", "--model", model, "--batch-size", "8", "--out", str(tmp_path / "o")]
+    words += ["--shards", "s3://runs/bulk/*.array_record*", "s3://runs/bulk/t.tar"]
+    with object_server.serving(monkeypatch) as fs:
+        for file in (*shards, tar):
+            fs.pipe_file(f"runs/bulk/{file.name}", file.read_bytes())
+        assert main(words) == 0
+        assert "12 records of 3 shards, 0 unreadable" in capsys.readouterr().out
+        assert main(words) == 0
+        assert "embed: 3 of 3 shards were done already" in capsys.readouterr().err
+        assert main([*words[:-1], "s3://runs/bulk/none.tar"]) == 2
+        assert "matches no file: mend the address" in capsys.readouterr().err
+    for file in (tmp_path / "here").glob("*.parquet"):
+        assert file.read_bytes() == (tmp_path / "o" / file.name).read_bytes()
+    assert len(list((tmp_path / "o").glob("*.parquet"))) == 3
+
+
+def test_images_and_texts_on_all_devices(model, tmp_path):
+    for number in range(5):
+        own_files.picture(number).save(tmp_path / f"{number}.png")
+    (tmp_path / "t.txt").write_text("".join(f"东西 {n}\n" for n in range(5)), encoding="utf-8")
+    images, texts = expected(model, range(5))
+    for source, features in (("--images", images), ("--texts", texts)):
+        given = str(tmp_path if source == "--images" else tmp_path / "t.txt")
+        words = ["embed", "--model", model, source, given, "--out", str(tmp_path / "f.npz")]
+        assert main([*words, "--model-devices", "4"]) == 0
+        with np.load(tmp_path / "f.npz") as written:
+            np.testing.assert_allclose(written["features"], features, atol=2e-6)
+
+
 def test_the_command(model, tmp_path, capsys):
     write_shards(tmp_path / "s", 6)
     words = ["embed", "--model", model, "--shards", f"{tmp_path}/s/*", "--out", str(tmp_path / "o")]
@@ -236,7 +274,7 @@ def test_the_command(model, tmp_path, capsys):
     for extra, message in (
         (["--part", "3/2"], "--part 3/2: write I/N"),
         (["--part", "x"], "--part x: write I/N"),
-        (["--split", "0"], "--split 0: must be at least 1"),
+        (["--split", "0"], "--model-devices 0: must be at least 1"),
         (["--split", "3"], "mesh"),
         (["--format", "csv"], "--format csv"),
     ):

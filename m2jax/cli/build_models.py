@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,10 +116,23 @@ class Named:
         """The captioner.
 
         Raises:
-            UserError: there is no such module or name in it.
+            UserError: see ``find``.
+        """
+        return self.find()()
+
+    def find(self) -> Callable[[], Any]:
+        """What makes it, of an installed module or of one in the working directory.
+
+        Raises:
+            UserError: there is no such module, or no such callable in it.
         """
         module, _, name = self.name.partition(":")
+        if os.getcwd() not in sys.path:  # a console script has its own folder there instead
+            sys.path.append(os.getcwd())
         try:
-            return getattr(importlib.import_module(module), name)()
-        except (ImportError, AttributeError) as error:
+            made = getattr(importlib.import_module(module), name)
+            if not callable(made):
+                raise TypeError(f"{name} is no callable")
+            return made
+        except Exception as error:  # whatever a module does as it is imported
             raise UserError(f"--captioner {self.name}: {error}: mend MODULE:NAME") from error

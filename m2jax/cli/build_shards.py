@@ -228,8 +228,11 @@ def _scoring(args: argparse.Namespace) -> tuple[Any, Any]:
         own = ":" in captioner and not Path(captioner).exists()
         if not own and not _writes("--captioner", captioner):
             raise UserError(f"--captioner {captioner}: no run with a caption head: name another")
+        named = build_models.Named(captioner)
+        if own:
+            named.find()  # before hours of reading
         made = build_models.CaptionRewriter(captioner, args.score_batch)
-        rewriter = build_models.Named(captioner) if own else build_models.Made(made)
+        rewriter = named if own else build_models.Made(made)
     build_models.check(args.score_model)
     scorer = build_models.Made(build_models.BundleScorer(args.score_model, args.score_batch))
     scoring = Scoring(args.score_model, captioner, args.score_below, low, args.score_batch)

@@ -37,12 +37,17 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--out", required=True, type=Path, metavar="FILE.npz|DIR")
     parser.add_argument("--batch-size", type=int, default=64, help="items at once (default: 64)")
+    parser.add_argument(
+        "--model-devices",
+        "--split",
+        type=int,
+        default=1,
+        metavar="N",
+        help="spread the parameters over N devices (1); batches lie over all",
+    )
     shards = parser.add_argument_group("with --shards")
     shards.add_argument("--format", default="parquet", help="parquet (default) or array_record")
     shards.add_argument("--no-texts", action="store_true", help="features of the images alone")
-    shards.add_argument(
-        "--split", type=int, default=1, metavar="N", help="spread the parameters over N devices"
-    )
     shards.add_argument(
         "--part", default="1/1", metavar="I/N", help="the I-th of N equal shares of the shards"
     )
@@ -56,10 +61,12 @@ def run(args: argparse.Namespace) -> int:
     from m2jax import bundle
     from m2jax.config import UserError
     from m2jax.dist.host import load_devices
+    from m2jax.dist.mesh import local_mesh
     from m2jax.tasks import embedder
 
-    if args.batch_size < 1:
-        raise UserError(f"--batch-size {args.batch_size}: must be at least 1")
+    for flag, value in (("--batch-size", args.batch_size), ("--model-devices", args.model_devices)):
+        if value < 1:
+            raise UserError(f"{flag} {value}: must be at least 1")
     if args.shards:
         return run_shards(args)
     if args.out.suffix != ".npz":
@@ -72,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"--model {args.model}: embeds images alone: give --images")
         model = embedder.read(Path(args.model))
     else:
-        model = bundle.load(args.model)
+        model = bundle.load(args.model, mesh=local_mesh(args.model_devices))
     encode = _encode_images if args.images else _encode_texts
     size = min(args.batch_size, len(items))
     features = []
@@ -99,8 +106,6 @@ def run_shards(args: argparse.Namespace) -> int:
     fits = slash and index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)
     if not fits:
         raise UserError(f"--part {args.part}: write I/N with I from 1 to N")
-    if args.split < 1:
-        raise UserError(f"--split {args.split}: must be at least 1")
     found = set(stores.matching(args.shards, "--shards"))
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out {args.out}: is a file: name a folder")
@@ -113,7 +118,7 @@ def run_shards(args: argparse.Namespace) -> int:
             format=args.format,
             batch=args.batch_size,
             texts=not args.no_texts,
-            split=args.split,
+            split=args.model_devices,
             part=(int(index) - 1, int(count)),
         ),
         say=lambda line: print(line, file=sys.stderr),

@@ -30,6 +30,11 @@ readers (guessed from the path where not named):
   tfds     tfds:NAME as TFDS calls it, or the folder of one version (ArrayRecord files)
   folder   one folder of images per class, or such folders in one per split
   cub, dogs, cars, coco-count, coco-objects, vg-position, vg-interaction, vqa
+  --data, --train-data and --images may be s3://... or gs://...; of a .jsonl there --images is the
+  folder its paths start from
+vg-position and vg-interaction are made from Visual Genome's relationships alone, no other set of
+  interactions is read; the questions of the published VG-POS and HOI-POS were not released: compare
+  models with each other by them, not with published figures
 {split} in a path stands for --split, and for --train-split where a probe is trained
 """
 
@@ -60,7 +65,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--epochs", type=int, help="of fine-tuning (10)")
     parser.add_argument("--learning-rate", type=float, help="of fine-tuning, at its most (1e-4)")
     parser.add_argument("--languages", default="en,zh", help="comma-separated (default: en,zh)")
-    parser.add_argument("--images", type=Path, metavar="DIR", help="where paths of images start")
+    parser.add_argument("--images", default="", metavar="DIR", help="where paths of images start")
     parser.add_argument(
         "--classes", type=Path, metavar="FILE", help="names of classes: lines, or JSON by language"
     )
@@ -144,7 +149,7 @@ def _request(args: argparse.Namespace, languages: tuple[str, ...]) -> Any:
         data,
         args.split or suites.SUITES[args.suite].split,
         language=languages[0] if len(languages) == 1 else "",
-        images=args.images,
+        images=_here(args.images, "--images") if args.images else None,
         names=names.read_classes(args.classes) if args.classes else None,
         asked=bool(args.split),
     )
@@ -171,6 +176,8 @@ def _here(words: str, flag: str) -> Path:
     prefix, address = (f"{reader}:", rest) if colon and reader in sets.READERS else ("", words)
     if not stores.is_remote(address):
         return Path(words)
+    if sets.SPLIT in address:
+        raise UserError(f"{flag} {words}: {sets.SPLIT} stands in local paths alone: name each part")
     found = stores.matching([address], flag)
     if len(found) > 1:
         raise UserError(f"{flag} {words}: names {len(found)} files: name the folder they lie in")

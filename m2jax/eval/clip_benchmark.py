@@ -22,6 +22,7 @@ from PIL import Image
 from m2jax.bundle import load
 from m2jax.config import UserError
 from m2jax.data.text import Tokens
+from m2jax.dist.mesh import local_mesh
 from m2jax.eval.emoji import Encoder
 
 MODEL_TYPE = "m2jax"
@@ -82,7 +83,7 @@ def load_clip(
     Raises:
         UserError: see ``m2jax.load``.
     """
-    return adapted(load(pretrained))
+    return adapted(load(pretrained, mesh=local_mesh()))
 
 
 def adapted(model: Encoder) -> Loaded:

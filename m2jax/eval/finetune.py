@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Full fine-tuning of a classifier: the image encoder and a linear head, all of it trained.
 
-A short loop of its own on one device: the trainer pretrains, and lies above evaluation. The head
-starts at zero on unit features, so the first step moves the head alone.
+A short loop of its own: the trainer pretrains, and lies above evaluation. The devices of a bundle
+share its batches. The head starts at zero on unit features, so the first step moves the head alone.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from jaxtyping import Int
 from m2jax import optim
 from m2jax.bundle import Bundle
 from m2jax.config import Optim, UserError
+from m2jax.dist.sharding import batch_shards, spread
 from m2jax.eval import metrics as metrics_lib
 from m2jax.eval.emoji import Encoder
 from m2jax.eval.features import READERS
@@ -104,7 +105,7 @@ def train(
                 if recipe.flip:
                     mirrored = rng.random(batch) < 0.5
                     pixels[mirrored] = pixels[mirrored, :, ::-1]
-                params, state, loss = step(params, state, pixels, labels[rows])
+                params, state, loss = step(params, state, _placed(model, pixels), labels[rows])
                 losses.append(float(loss))
                 if show:
                     text = f"\rstep {len(losses)}/{steps} loss {losses[-1]:.3f}"
@@ -130,7 +131,8 @@ def ranks(
     for first in range(0, len(images), batch):
         rows = [min(i, len(images) - 1) for i in range(first, first + batch)]  # one shape
         pixels = np.stack([_pixels(model, images, row) for row in rows])
-        logits = np.asarray(_logits(model.graph, tuned.params, tuned.head, pixels))
+        placed = pixels if model.mesh is None else spread(pixels, model.mesh)
+        logits = np.asarray(_logits(model.graph, tuned.params, tuned.head, placed))
         count = min(batch, len(images) - first)
         right = labels[first : first + count, None] == np.arange(logits.shape[1])
         found.append(metrics_lib.first_right(logits[:count], right))
@@ -142,6 +144,17 @@ def _unread(name: str) -> bool:
     name = name.removeprefix("encoder.")
     parts = ("text", "norm.", "pooler.", "logit", "image_head.", "vision_embed.mask_token")
     return name.startswith(parts) or ".B." in name
+
+
+def _placed(model: Bundle, pixels: np.ndarray) -> jax.Array | np.ndarray:
+    """A batch of training on the devices; whole on each where they do not divide it.
+
+    A filled one would count its last row several times.
+    """
+    mesh = model.mesh
+    if mesh is None or len(pixels) % batch_shards(mesh.shape):
+        return pixels
+    return spread(pixels, mesh)
 
 
 def _pixels(model: Bundle, images: Images, row: int) -> np.ndarray:

@@ -4,11 +4,14 @@
 import dataclasses
 import io
 import json
+import os
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from m2jax.cli import build_models
 from m2jax.cli.main import main
 from m2jax.data.shards import ShardPairs
 from tests.data.build import collections_of as made
@@ -50,3 +53,37 @@ def test_low_pairs_get_the_captioners_words(tmp_path, monkeypatch, capsys):
         assert -1 <= caption.score < 1
         assert dataclasses.astuple(caption)[1] == "en"
     capsys.readouterr()
+    # The same by workers that are processes of their own, which load both models anew.
+    own = ["--", "--direct_num_workers=2", "--direct_running_mode=multi_processing"]
+    words[4] = str(tmp_path / "other")
+    more = ["--score-below", "1.0", "--score-batch", "4"]
+    assert main([*words, *more, *own]) == 0
+    capsys.readouterr()
+    for file in sorted((tmp_path / "out").glob("*.array_record*")):
+        assert file.read_bytes() == (tmp_path / "other" / file.name).read_bytes()
+
+
+MISSING_THERE = """
+import os
+if os.getpid() != {}:
+    raise ImportError("captions are not written on this machine")
+def make():
+    return None
+"""
+
+
+def test_a_captioner_that_workers_lack_is_one_line(tmp_path, monkeypatch, capsys):
+    made.write_tar(tmp_path / "a.tar", made.sample(1))
+    (tmp_path / "here_but_not_there.py").write_text(MISSING_THERE.format(os.getpid()))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(build_models, "check", lambda model: None)
+    words = ["data", "build", "shards", "--out", "out", "--source", "a=tars:a.tar"]
+    words += ["--score-model", "nowhere", "--captioner", "here_but_not_there:make"]
+    own = ["--", "--direct_num_workers=2", "--direct_running_mode=multi_processing"]
+    assert main([*words, *own]) == 2
+    shown = [line for line in capsys.readouterr().err.splitlines() if "m2jax: error" in line]
+    assert shown == [
+        "m2jax: error: --captioner here_but_not_there:make: captions are not written on this "
+        "machine: mend MODULE:NAME"
+    ]

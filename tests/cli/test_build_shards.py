@@ -4,6 +4,7 @@
 import dataclasses
 import json
 import pickle
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -149,14 +150,30 @@ def make_mine():
 
 def test_a_captioner_of_ones_own(tmp_path, monkeypatch):
     assert build_models.Named(f"{__name__}:make_mine")() == "mine"
-    with pytest.raises(build_models.UserError, match=r"--captioner nowhere:x: .*mend MODULE:NAME"):
-        build_models.Named("nowhere:x")()
+    (tmp_path / "here_alone.py").write_text("def make():\n    return 'here'\nnumber = 1")
+    (tmp_path / "broken_one.py").write_text("1 / 0")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.chdir(tmp_path)
+    assert build_models.Named("here_alone:make")() == "here"
+    for name, why in (
+        ("nowhere:x", "No module named 'nowhere'"),
+        ("here_alone:none", "has no attribute 'none'"),
+        ("here_alone:number", "number is no callable"),
+        ("broken_one:x", "division by zero"),
+        ("x", "Empty|No module"),
+    ):
+        message = rf"--captioner {name}: .*({why}).*: mend MODULE:NAME"
+        with pytest.raises(build_models.UserError, match=message):
+            build_models.Named(name)()
     monkeypatch.setattr("m2jax.captioner.can_write", lambda path: path == "writes")
     monkeypatch.setattr(build_models, "check", lambda model: None)
     plan, models = planned(tmp_path, "--score-model", "writes")
     assert plan.scoring == Scoring("writes", "writes", 0.25, "rewrite", 64)
     assert models.rewriter() == build_models.CaptionRewriter("writes", 64)
-    plan, models = planned(tmp_path, "--score-model", "s", "--captioner", "a.b:c")
-    assert models.rewriter == build_models.Named("a.b:c")
+    mine = f"{__name__}:make_mine"
+    plan, models = planned(tmp_path, "--score-model", "s", "--captioner", mine)
+    assert models.rewriter == build_models.Named(mine)
+    with pytest.raises(build_models.UserError, match=r"--captioner a\.b:c: No module named 'a'"):
+        planned(tmp_path, "--score-model", "s", "--captioner", "a.b:c")
     plan, models = planned(tmp_path, "--score-model", "s", "--low-score", "keep")
     assert (plan.scoring.low, models.rewriter) == ("keep", None)

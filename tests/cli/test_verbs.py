@@ -70,7 +70,7 @@ def bundle(install: Install) -> FakeBundle:
     fake = FakeBundle()
     run = config.Experiment(data=config.Data(hold_out_styles=("noto",)))
     saved = SimpleNamespace(experiment=run)
-    install("m2jax.bundle", load=lambda path: fake, read_saved=lambda path: saved)
+    install("m2jax.bundle", load=lambda path, mesh=None: fake, read_saved=lambda path: saved)
     return fake
 
 

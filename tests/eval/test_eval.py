@@ -198,7 +198,7 @@ def test_thumbnails_are_bilinear_on_white():
 def test_unknown_suites_and_languages_are_refused():
     with pytest.raises(UserError, match="emoji-validation"):
         runner.run_suite(Oracle(), suite="imagenette")
-    with pytest.raises(UserError, match="name it with --data"):
+    with pytest.raises(UserError, match=r"with --data \[READER:\]PATH"):
         runner.run_suite(Oracle(), suite="imagenet")
     with pytest.raises(UserError, match="fr"):
         runner.run_suite(Oracle(), languages=("fr",))

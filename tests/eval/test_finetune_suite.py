@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -7,6 +9,8 @@ from PIL import Image
 from m2jax.bundle import Bundle
 from m2jax.config import Model, UserError, resolve
 from m2jax.data.image import Preprocess
+from m2jax.dist.mesh import local_mesh
+from m2jax.dist.sharding import AxisRules
 from m2jax.eval import finetune, suites
 from m2jax.eval.finetune import Recipe
 from m2jax.eval.sets.records import Made, Place
@@ -46,6 +50,26 @@ def test_it_learns_and_leaves_the_model_as_it_was(bundle):
     jax.tree.map(np.testing.assert_array_equal, before, bundle.params)
     again = finetune.train(bundle, images, labels, 3, recipe=RECIPE)
     assert again.losses == tuned.losses
+
+
+def test_the_devices_share_its_batches_and_the_losses_stay(bundle):
+    mesh = local_mesh(2)
+    places = params_lib.shardings(params_lib.abstract(bundle.config), mesh, AxisRules())
+    params = jax.tree.map(jax.device_put, bundle.params, places)
+    shared = dataclasses.replace(bundle, params=params)
+    images, labels = colours(16)
+    for batch in (8, 6):  # shared, and whole on each of the eight
+        recipe = RECIPE._replace(epochs=2, batch=batch)
+        one, other = (
+            finetune.train(model, images, labels, 3, recipe=recipe) for model in (bundle, shared)
+        )
+        np.testing.assert_allclose(one.losses, other.losses, rtol=1e-5)
+        first = finetune.ranks(other, shared, images, labels, batch=5)
+        np.testing.assert_array_equal(first, finetune.ranks(one, bundle, images, labels, batch=5))
+        spread = finetune._placed(shared, np.zeros((batch, 16, 16, 3), np.float32))
+        assert (isinstance(spread, jax.Array) and len(spread.addressable_shards) == 8) == (
+            batch == 8
+        )
 
 
 def test_pictures_are_flipped_left_to_right_and_never_upside_down(bundle, monkeypatch):

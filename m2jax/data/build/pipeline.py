@@ -8,9 +8,11 @@ or when, so two builds of the same input are the same bytes.
 
 from __future__ import annotations
 
+import abc
 import collections
 import contextlib
 import io
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +31,7 @@ from m2jax.data.build.stage_score import Models
 
 FINGERPRINT = "fingerprint.json"
 EVERY_S = 10.0  # between lines of progress
+_WHERE = re.compile(r" \[while running '[^']*'\]$")  # that Beam adds to a worker's error
 NO_MODELS = Models()
 Say = Callable[[str], None]
 
@@ -176,9 +179,19 @@ class _Stage:
     def __init__(self, options: Sequence[str], say: Say) -> None:
         self._options, self.say = list(options), say
 
-    def pipeline(self) -> beam.Pipeline:
-        """A pipeline with the user's options."""
-        return beam.Pipeline(options=PipelineOptions(self._options))
+    @contextlib.contextmanager
+    def pipeline(self) -> Iterator[beam.Pipeline]:
+        """A pipeline with the user's options, which runs as the block ends.
+
+        Raises:
+            UserError: a worker raised it.
+            RuntimeError: a worker that is another process failed in some other way.
+        """
+        try:
+            with beam.Pipeline(options=PipelineOptions(self._options)) as pipeline:
+                yield pipeline
+        except Exception as error:
+            raise _told(error) from error
 
     def run(self, name: str, work_of: _Work, pieces: Sequence[int]) -> dict[int, dict[str, Any]]:
         """All pieces of a stage; returns the result of each, read from its files at the end."""
@@ -212,6 +225,23 @@ class _Stage:
             watcher.join()
 
 
+def _told(error: Exception) -> Exception:
+    """What a worker raised, without what Beam adds to it.
+
+    Of one that is another process Beam knows a traceback's text, whose last line says what it was.
+    """
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    last = _WHERE.sub("", lines[-1]) if lines else ""
+    if isinstance(error, UserError):
+        return UserError(last)
+    if not (lines and lines[0].startswith("Traceback")):
+        return error
+    kind, _, message = last.partition(": ")
+    if kind == f"{UserError.__module__}.{UserError.__qualname__}":
+        return UserError(message)
+    return RuntimeError(f"a worker failed: {last}")
+
+
 class _Do(beam.DoFn):
     """Does one piece.
 
@@ -229,10 +259,10 @@ class _Do(beam.DoFn):
                 Metrics.counter("m2jax.build", f"{self._name}: {reason}").inc(number)
 
 
-class _Work:
+class _Work(abc.ABC):
     """What a stage does with a piece; called again, it gives what was done."""
 
-    folder = ""
+    folder: str
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
@@ -242,9 +272,9 @@ class _Work:
         width = 5 if self.folder == "shards" else 6
         return (self.plan.work / self.folder / f"{piece:0{width}d}" / stage_read.COUNTS).exists()
 
+    @abc.abstractmethod
     def __call__(self, piece: int) -> dict[str, Any]:
-        """Does it."""
-        raise NotImplementedError
+        """Does it; returns its counts, and whatever else its files say."""
 
 
 class _Read(_Work):

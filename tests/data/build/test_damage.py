@@ -2,10 +2,12 @@
 """One bad row, header or image costs itself alone, and says so."""
 
 import base64
+import contextlib
 import io
 import json
 import pickle
 import re
+import sqlite3
 import tarfile
 import zlib
 
@@ -18,7 +20,7 @@ from PIL import Image
 from m2jax.config import UserError
 from m2jax.data.build import manifest, readers, signatures, stage_read
 from m2jax.data.build.plan import Duplicates
-from m2jax.data.build.readers import base, parquet
+from m2jax.data.build.readers import base, parquet, tsv64
 from m2jax.data.build.readers.base import Sample, Source, Unit
 from m2jax.data.build.records import Caption, Rejected
 from tests.data.build import collections_of as made
@@ -73,6 +75,16 @@ def test_lone_surrogates_in_chinese_clips_tables(tmp_path):
         [("half ? of a pair", "en"), ("a second cat", "en")]
     ]
     assert reasons(found) == [("all_texts.jsonl#line 2", "text not UTF-8")]
+
+
+def test_a_line_that_names_an_image_many_times_holds_its_text_once(tmp_path):
+    line = {"text": "a red cat " * 5000, "image_ids": [0] * 500 + [*range(500)]}
+    file = made.tsv64(tmp_path, [(0, b"image")], [line])
+    assert [len(one.captions) for one in good(read_source("tsv64", file))] == [1]
+    with contextlib.closing(sqlite3.connect("")) as index:
+        tsv64._index(index, tsv64.texts_of(file))
+        sizes = [index.execute(f"PRAGMA page_{x}").fetchone()[0] for x in ("count", "size")]
+    assert 50_000 < sizes[0] * sizes[1] < 200_000  # 25 MB, were it written for each image
 
 
 def test_file_names_that_cannot_be(tmp_path):

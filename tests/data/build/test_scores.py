@@ -121,3 +121,38 @@ def test_models_and_plan_must_agree(tmp_path):
     with pytest.raises(UserError, match="--low-score best: unknown"):
         pipeline.build(plan)
     assert stage_score.left(5, []) == [0, 1, 2, 3, 4]
+
+
+@dataclasses.dataclass(frozen=True)
+class Failing:
+    """Fails in the worker, as a model that only the first machine has does."""
+
+    kind: type[Exception]
+
+    def __call__(self):
+        raise self.kind("--captioner x: no module: mend it")
+
+
+def test_what_a_worker_says_is_one_line(tmp_path):
+    with pytest.raises(UserError, match=r"^--captioner x: no module: mend it$"):
+        build(tmp_path, "rewrite", models=Models(Lengths(), Failing(UserError)))
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (RuntimeError("{}m2jax.config_values.UserError: a: mend{}\n\n"), UserError, "a: mend"),
+        (RuntimeError("{}OSError: full{}\n"), RuntimeError, "a worker failed: OSError: full"),
+        (RuntimeError("{}MemoryError"), RuntimeError, "a worker failed: MemoryError"),
+        (RuntimeError("no slots"), RuntimeError, "no slots"),
+        (OSError(28, "disk full"), OSError, "[Errno 28] disk full"),
+        (UserError("a: b: mend{1}"), UserError, "a: b: mend"),
+        (ValueError(), ValueError, ""),
+    ],
+)
+def test_what_beam_adds_to_an_error_is_taken_off(error, kind, message):
+    text = "Traceback (most recent call last):\n  File 'x'\n", " [while running 'score']"
+    if "{" in str(error):
+        error = type(error)(str(error).format(*text))
+    found = pipeline._told(error)
+    assert (type(found), str(found)) == (kind, message)

@@ -77,11 +77,15 @@ def _skip_line(lines) -> None:
 
 
 def _index(index: sqlite3.Connection, file: Path) -> list[Rejected]:
-    """Texts by image id; returns the lines that are none."""
-    index.execute("CREATE TABLE texts (image TEXT, place INTEGER, text TEXT)")
+    """Texts by image id; returns the lines that are none.
+
+    A text is held once: a line of a megabyte may name a hundred thousand images.
+    """
+    index.execute("CREATE TABLE texts (place INTEGER PRIMARY KEY, text TEXT)")
+    index.execute("CREATE TABLE images (image TEXT, place INTEGER)")
     bad: list[Rejected] = []
 
-    def rows() -> Iterator[tuple[str, int, str]]:
+    def rows() -> Iterator[tuple[str, int]]:
         with file.open("rb") as lines:
             for number, line in enumerate(iter(lambda: lines.readline(base.TEXT_BYTES), b""), 1):
                 if len(line) == base.TEXT_BYTES and not line.endswith(b"\n"):
@@ -93,16 +97,17 @@ def _index(index: sqlite3.Connection, file: Path) -> list[Rejected]:
                     ids, text = found["image_ids"], found["text"]
                     if not isinstance(text, str) or not isinstance(ids, list):
                         raise TypeError("text and image_ids are of other kinds")
-                    names = [str(i) for i in ids]
+                    names = list(dict.fromkeys(map(str, ids)))
                     "".join(names).encode()  # SQLite takes no lone surrogates
                 except (ValueError, TypeError, KeyError, RecursionError) as error:
                     kind = "text not UTF-8" if isinstance(error, UnicodeError) else "damaged text"
                     bad.append(Rejected(f"{file.name}#line {number}", kind, str(error)[:200]))
                     continue
-                yield from ((one, number, well_formed(text)) for one in names)
+                index.execute("INSERT INTO texts VALUES (?, ?)", (number, well_formed(text)))
+                yield from ((one, number) for one in names)
 
-    index.executemany("INSERT INTO texts VALUES (?, ?, ?)", rows())
-    index.execute("CREATE INDEX by_image ON texts (image, place)")
+    index.executemany("INSERT INTO images VALUES (?, ?)", rows())
+    index.execute("CREATE INDEX by_image ON images (image, place)")
     return bad
 
 
@@ -119,6 +124,6 @@ def _sample(
         image = base64.b64decode(data.translate(URL_SAFE), validate=True)
     except (binascii.Error, ValueError) as error:
         return Rejected(key, "damaged row", f"no Base64: {error}")
-    ask = "SELECT text FROM texts WHERE image = ? ORDER BY place"
+    ask = "SELECT text FROM images JOIN texts USING (place) WHERE image = ? ORDER BY place"
     captions = tuple(Caption(text, language) for (text,) in index.execute(ask, (number,)))
     return Sample(key, image, captions)
