@@ -107,7 +107,7 @@ def test_the_command_finds_the_copies(model, videos, indexed, tmp_path, capsys, 
 
 def test_sparse_maps_find_them_too(encoder, videos, indexed):
     found = library.load(indexed, encoder.identity)
-    store = library.open_vectors(indexed, found)
+    store = library.open_index(indexed, found)
     try:
         frames = encoder.video(videos / "query.mp4", found.rate)
         matches = search.search(
@@ -134,6 +134,42 @@ def test_sparse_maps_find_them_too(encoder, videos, indexed):
     names = [found.videos[n].name for n in hits.video[10:24, 0]]
     assert names == ["a.mp4"] * 14
     assert hits.frame[10:24, 0].tolist() == [*range(5, 19)]
+
+
+def test_a_scan_finds_what_milvus_finds(encoder, videos, indexed, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pymilvus", None)  # which it does not need
+    assert index(encoder, videos, tmp_path / "lib", kind="scan") == (3, 120, 1)
+    found = library.load(tmp_path / "lib", encoder.identity)
+    assert found.background == library.load(indexed).background
+    assert not (tmp_path / "lib" / "frames.db").exists()
+    matches = search.search(
+        found,
+        library.open_index(tmp_path / "lib", found),
+        encoder.video(videos / "query.mp4", found.rate),
+        folder=tmp_path / "lib",
+        method=align.chosen("TN", SETTINGS["TN"]),
+    )
+    for name, truth in TRUTH.items():
+        assert any(near(m, truth, SLACK["TN"]) for m in matches if m.video == name), matches
+
+
+def test_libraries_on_one_cluster_have_collections_of_their_own(encoder, videos, tmp_path):
+    """Frames are numbered from 0 in each: one collection would mix them up."""
+    uri, clip = str(tmp_path / "cluster.db"), videos / "library" / "a.mp4"
+    other = videos / "library" / "c.avi"
+    for name, file in (("one", clip), ("two", other)):
+        library.build(
+            encoder, {name: file}, tmp_path / name, kind="exact", uri=uri, say=lambda line: None
+        )
+    for name, file in (("one", clip), ("two", other)):
+        found = library.load(tmp_path / name)
+        store = library.open_index(tmp_path / name, found)
+        try:
+            hits = store.search(encoder.video(file, 1.0), 1, found.kind)
+        finally:
+            store.close()
+        assert hits.frame[:, 0].tolist() == [*range(40)]
+        np.testing.assert_allclose(hits.score, 1, atol=1e-4)
 
 
 def test_features_are_the_models(encoder, videos, monkeypatch):
@@ -194,7 +230,7 @@ def test_other_models_and_settings_are_refused(encoder, videos, indexed, tmp_pat
     assert "not m2-encoder-demo other (" in error
     with pytest.raises(UserError, match=r"was made with rate 1\.0, not 2\.0: choose another"):
         index(encoder, videos, indexed, rate=2.0)
-    with pytest.raises(UserError, match="--ann ivf: use one of exact, hnsw"):
+    with pytest.raises(UserError, match="--ann ivf: use one of exact, hnsw, scan"):
         index(encoder, videos, tmp_path / "x", kind="ivf")
 
 
