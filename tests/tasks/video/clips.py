@@ -57,15 +57,23 @@ def write_clip(path, frames, *, rate=1, times=None, codec="mpeg4", rotation=0, b
     return path
 
 
-def write_sound(path):
-    """A file with sound alone."""
+def write_sound(path, *, cover=False):
+    """A file with sound alone, or with the picture of an album's cover beside."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("aac", rate=8000)
+        if cover:
+            picture = container.add_stream("mjpeg", rate=1)
+            picture.width, picture.height, picture.pix_fmt = 64, 48, "yuvj420p"
+            picture.disposition = av.stream.Disposition.attached_pic
         for number in range(8):
             frame = av.AudioFrame.from_ndarray(
                 np.zeros((1, 1024), np.float32), format="fltp", layout="mono"
             )
             frame.sample_rate, frame.pts = 8000, 1024 * number
             container.mux(stream.encode(frame))
+        if cover:
+            frame = av.VideoFrame.from_ndarray(scenes(0, 1)[0], format="rgb24")
+            frame.pts, frame.time_base = 0, Fraction(1, 1)
+            container.mux([*picture.encode(frame), *picture.encode(None)])
         container.mux(stream.encode(None))
     return path
