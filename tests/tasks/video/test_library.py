@@ -221,6 +221,17 @@ def test_a_stopped_run_goes_on(encoder, videos, tmp_path, monkeypatch):
     assert index(encoder, videos, tmp_path / "lib") == (0, 0, 1)
 
 
+def test_videos_join_a_library(encoder, videos, indexed, tmp_path):
+    everything = features.find_videos([videos / "library"], "--videos")
+    first = {name: path for name, path in everything.items() if name != "sub/b.mkv"}
+    out = tmp_path / "lib"
+    for some, done in ((first, (2, 80, 1)), (everything, (1, 40, 1))):
+        assert library.build(encoder, some, out, kind="scan", say=lambda line: None) == done
+    found, whole = library.load(out), library.load(indexed)
+    assert [video.name for video in found.videos] == [video.name for video in whole.videos]
+    assert found.background == whole.background  # of all, not of the first ones
+
+
 def test_other_models_and_settings_are_refused(encoder, videos, indexed, tmp_path, capsys):
     other = clips.write_model(tmp_path / "other", seed=2)
     words = ["video", "search", "--model", other, "--index", str(indexed)]
@@ -291,6 +302,17 @@ def test_a_missing_library_is_one_line(monkeypatch):
         vectors.Vectors("x.db")
 
 
+def test_the_page_says_where_its_frames_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(page, "MOST", 2)
+    match = search.Match("a", 0, 5, 1, 6, 0.9)
+    document = {"query": "q", "seconds": 9.0, "rate": 1.0, "model": "m", "method": "TN"}
+    document["matches"] = [match._replace(score=s)._asdict() for s in (0.9, 0.8, 0.7)]
+    text = page.render(document, tmp_path / "gone.mp4", {"a": (tmp_path / "x.mp4", 10.0)})
+    assert "3 segments of 1 videos, frames of the first 2." in text
+    assert text.count("<span>query</span><span>reference</span>") == 2
+    assert text.count("<h3>") == 3
+
+
 def test_the_page_shows_hostile_names_as_text(tmp_path):
     match = search.Match("<script>", 0, 5, 1, 6, 0.9)
     document = {
@@ -301,4 +323,4 @@ def test_the_page_shows_hostile_names_as_text(tmp_path):
     assert "<script>" not in text
     assert "<b>q" not in text
     assert "class=none" in text  # the files are gone, the times are not
-    assert "0:00.0 to 0:05.0 from 0:01.0 to 0:06.0" in text
+    assert "query 0:00.0 to 0:05.0, reference 0:01.0 to 0:06.0" in text
