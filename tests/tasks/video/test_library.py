@@ -221,6 +221,16 @@ def test_a_stopped_run_goes_on(encoder, videos, tmp_path, monkeypatch):
     assert index(encoder, videos, tmp_path / "lib") == (0, 0, 1)
 
 
+def test_the_background_is_that_of_other_videos(tmp_path):
+    """Frames of one video are alike, which says nothing of copies."""
+    rows = np.array([[1, 0], [0.6, 0.8]], np.float32)
+    videos = [library.Video(str(n), str(n), [0, 0], 9) for n in range(2)]
+    for number, row in enumerate(rows):
+        features.write(library.features_file(tmp_path, number), row[None].repeat(9, axis=0))
+    found = library.Library("m", "f", 1.0, "scan", "", videos)
+    assert library._background(tmp_path, found) == pytest.approx(0.6)
+
+
 def test_videos_join_a_library(encoder, videos, indexed, tmp_path):
     everything = features.find_videos([videos / "library"], "--videos")
     first = {name: path for name, path in everything.items() if name != "sub/b.mkv"}
