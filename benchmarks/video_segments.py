@@ -145,7 +145,7 @@ class Bench:
             own = extractor or ssan.Part(self.settings("spd", window, seed), 0)
             grid = GRIDS[method]
             tried = [dict(zip(grid, v, strict=True)) for v in itertools.product(*grid.values())]
-            return pattern.Keyframes(own), [_method(method, one) for one in tried], seconds
+            return pattern.Keyframes(own), [classical(method, one) for one in tried], seconds
         kind = "ssan" if kept == "ssan" else "spd"
         part = self.part(kind, window, seed, train, extractor, f"{kind}-{kept}")
         seconds += part.report["seconds"]
@@ -184,7 +184,7 @@ def _corpus(arrays, name):
     return Corpus(features, [tuple(pair) for pair in table["pairs"]], table["boxes"])
 
 
-def _method(name, settings):
+def classical(name, settings):
     """A classical method: VCSL's settings of 2023-03, but for some."""
     return align.with_settings(name, asdict(align.BENCHMARK[name]) | settings)
 

@@ -22,7 +22,12 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--videos", required=True, nargs="+", type=Path, metavar="PATH")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR")
     parser.add_argument("--rate", type=float, default=1.0, help="frames per second (default: 1)")
-    parser.add_argument("--ann", default="hnsw", help="hnsw (default) or exact")
+    parser.add_argument(
+        "--ann",
+        default="hnsw",
+        help="hnsw (default) or exact, by Milvus; scan: exact without a database, all features in "
+        "memory, for up to some millions of frames",
+    )
     parser.add_argument(
         "--milvus",
         default="",

@@ -70,11 +70,11 @@ def run(args: argparse.Namespace) -> int:
     encoder = features.Encoder(args.model)
     found = library.load(args.index, encoder.identity)
     frames = encoder.video(args.query, found.rate)
-    vectors = library.open_vectors(args.index, found)
+    index = library.open_index(args.index, found)
     try:
         matches = search.search(
             found,
-            vectors,
+            index,
             frames,
             folder=args.index,
             method=method,
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
             choose=choose,
         )
     finally:
-        vectors.close()
+        index.close()
     document = search.document(str(args.query), len(frames), found, args.method, matches)
     if args.json:
         text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"

@@ -205,8 +205,11 @@ def _declared(container: Any, stream: Any) -> float:
     """Seconds that the container says the pictures last; 0: it does not say."""
     if stream.duration and stream.time_base:
         return float(stream.duration * stream.time_base)
-    sound = any(other.type != "video" for other in container.streams)
-    return 0.0 if sound or not container.duration else container.duration / 1e6
+    if not container.duration or any(other.type != "video" for other in container.streams):
+        return 0.0
+    # Matroska counts from 0, where the first frame may be shown later.
+    late = float(stream.start_time * stream.time_base) if stream.start_time else 0.0
+    return container.duration / 1e6 - max(late, 0.0)
 
 
 def _counted(path: Path, count: int) -> int:
@@ -222,4 +225,5 @@ def _image(frame: Any) -> Image.Image:
 
 
 def _reason(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:120]
+    said = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return said.splitlines()[0][:120]

@@ -5,7 +5,7 @@
     features/*.npy    of each video [frames, dim]; of its keyframes, where they alone are stored,
                       and which those are in *.kept.npy beside
     keyframes/        what chose them (see ``saved``)
-    frames.db         milvus-lite's file, where no cluster is named
+    frames.db         milvus-lite's file, where no cluster is named and the index is no scan
     skipped.jsonl     videos that could not be read, and why
 
 Indexing goes on where it was stopped: features that are there are not made again, and what is not
@@ -17,24 +17,27 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Float32
 
 from m2jax.config import UserError
-from m2jax.tasks.video import arrays, features, keyframes, saved
+from m2jax.tasks.video import arrays, features, keyframes, saved, scan
 from m2jax.tasks.video.features import Encoder, Identity
 from m2jax.tasks.video.pattern import Keyframes
-from m2jax.tasks.video.vectors import KINDS, Vectors
+from m2jax.tasks.video.scan import Scan
+from m2jax.tasks.video.vectors import KINDS, Hits, Vectors
 
 STATE = "library.json"
 SKIPPED = "skipped.jsonl"
 KEYFRAMES = "keyframes"
 FORMAT = 1
+ANN = (*KINDS, scan.KIND)  # how stored frames are searched
 PAIRS = 4096  # of frames of different videos whose cosines tell what is ordinary
 ORDINARY = 0.95  # share of such pairs below the background
 
@@ -58,12 +61,25 @@ class Library:
     model: str
     fingerprint: str
     rate: float  # frames per second
-    kind: str  # of index
+    kind: str  # of index, one of ``ANN``
     uri: str  # of a cluster; "": the file beside
     videos: list[Video] = field(default_factory=list)
     keyframes: str = ""  # fingerprint of what chose them; "": all frames are stored
     background: float = 0.0  # cosine that unrelated frames seldom exceed
+    own: str = ""  # in the name of its collection on a cluster
     format: int = FORMAT
+
+
+class Index(Protocol):
+    """What can be searched."""
+
+    def search(self, features: Float32[np.ndarray, "frames dim"], limit: int, kind: str) -> Hits:
+        """The stored frames nearest to each feature."""
+        ...
+
+    def close(self) -> None:
+        """Lets go of it."""
+        ...
 
 
 class Done(NamedTuple):
@@ -92,7 +108,7 @@ def build(
         videos: files by name.
         out: the library's folder.
         rate: frames per second.
-        kind: ``exact`` or ``hnsw``.
+        kind: ``hnsw`` or ``exact``, by Milvus; ``scan``: exact, without a database.
         uri: of a Milvus cluster; "": a file in the folder.
         choose: stores the keyframes that it gives, and no other frame.
         say: gets a line per video.
@@ -100,13 +116,15 @@ def build(
     Raises:
         UserError: the folder is of another model or other settings, or no video can be read.
     """
-    if kind not in KINDS:
-        raise UserError(f"--ann {kind}: use one of {', '.join(KINDS)}")
+    if kind not in ANN:
+        raise UserError(f"--ann {kind}: use one of {', '.join(ANN)}")
+    if uri and kind == scan.KIND:
+        raise UserError(f"--ann {kind}: needs no database: drop --milvus, or use hnsw or exact")
     library = Library(*encoder.identity, rate, kind, uri)
     if choose is not None:
         _check_model(choose, library)
         library.keyframes = saved.fingerprint(choose.part, choose.most)
-    library = _claimed(out, library)
+    library = _claimed(out, library, secrets.token_hex(4) if uri else "")
     if choose is not None and not (out / KEYFRAMES).exists():
         saved.write(out / KEYFRAMES, choose.part)
     known = {video.name: number for number, video in enumerate(library.videos)}
@@ -147,7 +165,16 @@ def build(
 
 
 def _store(out: Path, library: Library, fresh: list[int]) -> None:
-    vectors = open_vectors(out, library)
+    if library.kind != scan.KIND:
+        _insert(out, library, fresh)
+    for number in fresh:
+        library.videos[number].stored = True
+    library.background = _background(out, library)
+    _save(out, library)
+
+
+def _insert(out: Path, library: Library, fresh: list[int]) -> None:
+    vectors = _milvus(out, library)
     try:
         for number in fresh:
             found = arrays.read_array(features_file(out, number), "features")
@@ -156,21 +183,25 @@ def _store(out: Path, library: Library, fresh: list[int]) -> None:
         vectors.flush()
     finally:
         vectors.close()
-    for number in fresh:
-        library.videos[number].stored = True
-    library.background = _background(out, library)
-    _save(out, library)
 
 
-def open_vectors(out: Path, library: Library) -> Vectors:
+def _milvus(out: Path, library: Library) -> Vectors:
+    # Frames are numbered from 0 in every library: on a cluster each has a collection of its own.
+    name = "_".join(["m2jax", library.fingerprint, *filter(None, [library.own])])
+    token = os.environ.get("MILVUS_TOKEN", "")
+    return Vectors(library.uri or str(out / "frames.db"), name if library.uri else "frames", token)
+
+
+def open_index(out: Path, library: Library) -> Index:
     """The library's index.
 
     Raises:
         UserError: it cannot be opened.
     """
-    name = f"m2jax_{library.fingerprint}" if library.uri else "frames"
-    uri = library.uri or str(out / "frames.db")
-    return Vectors(uri, name, os.environ.get("MILVUS_TOKEN", ""))
+    if library.kind == scan.KIND:
+        files = [features_file(out, number) for number in range(len(library.videos))]
+        return Scan(files, [video.frames for video in library.videos])
+    return _milvus(out, library)
 
 
 def features_file(out: Path, number: int) -> Path:
@@ -234,7 +265,7 @@ def load(out: Path, identity: Identity | None = None) -> Library:
         document = json.loads((out / STATE).read_text(encoding="utf-8"))
         videos = [Video(**video) for video in document.pop("videos")]
         library = Library(**document, videos=videos)
-        sound = all(_is_sound(video) for video in videos) and library.kind in KINDS
+        sound = all(_is_sound(video) for video in videos) and library.kind in ANN
         sound &= isinstance(library.rate, (int, float)) and library.format == FORMAT
     except FileNotFoundError:
         raise UserError(f"--index {out}: no library of videos: make one with video index") from None
@@ -256,9 +287,10 @@ def _is_sound(video: Video) -> bool:
     return texts and counts and 0 < video.frames < 2**24 and 0 <= video.length < 2**24
 
 
-def _claimed(out: Path, wanted: Library) -> Library:
+def _claimed(out: Path, wanted: Library, own: str) -> Library:
     """The library of the folder, which is made if there is none."""
     if not (out / STATE).exists():
+        wanted.own = own
         try:
             out.mkdir(parents=True, exist_ok=True)
             _save(out, wanted)

@@ -26,10 +26,14 @@ Grab = Callable[[Path, float, Sequence[int]], Mapping[int, Image.Image]]
 STYLE = """
 :root{color-scheme:light dark;--line:#8886;--soft:#8881}
 body{font:15px/1.5 system-ui,sans-serif;max-width:76rem;margin:2rem auto;padding:0 1rem}
-h1{font-size:1.4rem;overflow-wrap:anywhere}h2{font-size:1.05rem;margin:2rem 0 .4rem}
-h2 b{display:inline-block;width:.8rem;height:.8rem;border-radius:.2rem;margin-right:.5rem}
+h1{font-size:1.4rem;overflow-wrap:anywhere}
+h2{font-size:1.15rem;margin:2.5rem 0 .4rem;overflow-wrap:anywhere}
+h3{font-size:1rem;font-weight:600;margin:1.4rem 0 .4rem}
+h3 b{display:inline-block;width:.8rem;height:.8rem;border-radius:.2rem;margin-right:.5rem}
 p{margin:.3rem 0}.pairs{display:flex;gap:.5rem;overflow-x:auto}
 figure{margin:0;font-size:.75rem;font-variant-numeric:tabular-nums}
+.side{flex:none;width:5.5rem;display:grid;grid-template-rows:126px 126px;gap:1.5rem;
+align-items:center;font-size:.85rem;opacity:.75}
 figure img,.none{display:block;width:168px;height:126px;object-fit:contain;background:#0003;
 border-radius:.3rem;margin-bottom:.2rem}
 svg{width:100%;height:auto;background:var(--soft);border-radius:.4rem}
@@ -68,9 +72,10 @@ def render(
     }
     title = html.escape(str(document["query"]))
     parts = [
-        f"<h1>{title}</h1><p>{seconds:.1f} s at {rate:g} frames/s, "
+        f"<h1>{title}</h1><p>{seconds:.1f} s, looked at {rate:g} times a second, "
         f"{html.escape(str(document['model']))}, {html.escape(str(document['method']))}: "
-        f"{len(matches)} segments of {len(names)} videos.</p>",
+        f"{len(matches)} segments of {len(names)} videos"
+        f"{f', frames of the first {MOST}' if len(matches) > MOST else ''}.</p>",
     ]
     for name in names:
         own = [m for m in matches if m.video == name]
@@ -80,7 +85,7 @@ def render(
             if match in shown:
                 parts.append(_frames(match, rate, mine, theirs[name]))
     return (
-        "<!doctype html><html lang=en><meta charset=utf-8><title>copies</title>"
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}: copies</title>"
         f"<meta name=viewport content='width=device-width'><style>{STYLE}</style>"
         + "".join(parts)
         + ("" if matches else "<p>No copied segment was found.</p>")
@@ -118,9 +123,9 @@ def _data(image: Image.Image) -> str:
 def _match(match: Match, number: int) -> str:
     colour = COLOURS[number % len(COLOURS)]
     return (
-        f"<h2><b style='background:{colour}'></b>{_clock(match.query_start)} to "
-        f"{_clock(match.query_end)} from {_clock(match.reference_start)} to "
-        f"{_clock(match.reference_end)}, similarity {match.score:.2f}</h2>"
+        f"<h3><b style='background:{colour}'></b>query {_clock(match.query_start)} to "
+        f"{_clock(match.query_end)}, reference {_clock(match.reference_start)} to "
+        f"{_clock(match.reference_end)}, similarity {match.score:.2f}</h3>"
     )
 
 
@@ -132,10 +137,11 @@ def _frames(match: Match, rate: float, mine: Mapping[int, str], theirs: Mapping[
     for place, number in enumerate(above):
         other = below[min(place * len(below) // len(above), len(below) - 1)]
         cells.append(
-            f"<figure>{_picture(mine, number)}{_picture(theirs, other)}"
-            f"<figcaption>{_clock(number / rate)} · {_clock(other / rate)}</figcaption></figure>"
+            f"<figure>{_picture(mine, number)}{_clock(number / rate)}"
+            f"{_picture(theirs, other)}{_clock(other / rate)}</figure>"
         )
-    return f"<div class=pairs>{''.join(cells)}</div>"
+    sides = "<div class=side><span>query</span><span>reference</span></div>"
+    return f"<div class=pairs>{sides}{''.join(cells)}</div>"
 
 
 def _picture(pictures: Mapping[int, str], number: int) -> str:
@@ -161,7 +167,8 @@ def _timeline(matches: Sequence[Match], query: float, reference: float) -> str:
         for y, length in ((24, query), (84, reference))
     )
     return (
-        f"<svg viewBox='0 0 1020 120' role=img>{bars}{''.join(bands)}"
+        "<svg viewBox='0 0 1020 120' role=img aria-label='segments of both videos'>"
+        f"{bars}{''.join(bands)}"
         f"<text x=10 y=17>query, {_clock(query)}</text>"
         f"<text x=10 y=112>reference, {_clock(reference)}</text></svg>"
     )

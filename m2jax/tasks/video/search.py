@@ -16,9 +16,9 @@ from jaxtyping import Float32
 
 from m2jax.tasks.video import align, arrays, keyframes, maps
 from m2jax.tasks.video.align import Aligner
-from m2jax.tasks.video.library import Library, edges, features_file
+from m2jax.tasks.video.library import Index, Library, edges, features_file
 from m2jax.tasks.video.pattern import Keyframes
-from m2jax.tasks.video.vectors import Hits, Vectors, reference_maps
+from m2jax.tasks.video.vectors import Hits, reference_maps
 
 NEAREST = 20  # stored frames per frame of the query; the released SPD masks maps alike
 
@@ -36,7 +36,7 @@ class Match(NamedTuple):
 
 def search(
     library: Library,
-    vectors: Vectors,
+    index: Index,
     features: Float32[np.ndarray, "frames dim"],
     *,
     folder: Path,
@@ -52,7 +52,7 @@ def search(
 
     Args:
         library: what is searched.
-        vectors: its index.
+        index: of it.
         features: of the query's frames, at the library's rate.
         folder: of the library.
         method: that finds segments on the maps.
@@ -71,7 +71,7 @@ def search(
     if choose is not None:
         kept = choose(features)
         query, features = keyframes.edges(kept, len(features)), features[kept]
-    hits = vectors.search(features, nearest, library.kind)
+    hits = index.search(features, nearest, library.kind)
     lengths = [video.frames for video in library.videos]
     background = library.background if rescale else 0.0
     sparse = reference_maps(_rescaled(hits, background), lengths)

@@ -15,7 +15,7 @@ from m2jax.config import UserError
 MISSING = 'video: needs Milvus: pip install "m2jax[video]"'
 FRAMES = 2**24  # of one video at most: a frame's key is video * FRAMES + frame
 BATCH_BYTES = 8 * 2**20  # of one insertion
-QUERIES = 64  # frames of one search
+QUERIES = 1024  # frames of one search; milvus-lite goes through all stored keys for each
 
 # Inner product of unit rows: the cosine. HNSW's settings are Milvus' usual ones.
 KINDS = {

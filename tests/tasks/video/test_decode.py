@@ -36,6 +36,19 @@ def test_a_variable_rate_keeps_its_time(tmp_path):
     assert sorted(found) == [0, 4]
 
 
+def test_time_starts_with_the_first_frame(tmp_path):
+    """Broadcast files start anywhere."""
+    frames = scenes(6, 4)
+    clip = write_clip(tmp_path / "a.mkv", frames, times=[2, 3, 4, 5], rate=100)
+    assert looks_like(decode.frames(clip, 1), frames)[:4] == [0, 1, 2, 3]
+
+
+def test_sound_may_go_on_after_the_pictures(tmp_path):
+    """Matroska says how long all of it lasts, not each track."""
+    clip = write_clip(tmp_path / "a.mkv", scenes(7, 3), sound=9)
+    assert 3 <= len(list(decode.frames(clip))) <= 4
+
+
 def test_rotation_is_applied(tmp_path):
     values = np.zeros((1, 48, 64, 3), np.uint8)
     values[:, :12, :, 0] = 255  # red on top
@@ -67,10 +80,13 @@ def test_what_is_no_video_is_named(tmp_path):
         with pytest.raises(UserError, match=rf"{name}: .*({message})") as caught:
             list(decode.frames(tmp_path / name))
         assert "\n" not in str(caught.value)
+        assert str(caught.value).count(name) == 1  # FFmpeg's own words name it again
+        assert "Errno" not in str(caught.value)
     with pytest.raises(UserError, match=r"none\.mp4: no such file"):
         list(decode.frames(tmp_path / "none.mp4"))
-    with pytest.raises(UserError, match="has no picture track, only sound"):
-        list(decode.frames(write_sound(tmp_path / "sound.mp4")))
+    for cover in (False, True):
+        with pytest.raises(UserError, match="has no picture track, only sound"):
+            list(decode.frames(write_sound(tmp_path / "sound.mp4", cover=cover)))
 
 
 @pytest.mark.parametrize("suffix", ["avi", "mkv", "mpg"])

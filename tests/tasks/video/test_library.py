@@ -107,7 +107,7 @@ def test_the_command_finds_the_copies(model, videos, indexed, tmp_path, capsys, 
 
 def test_sparse_maps_find_them_too(encoder, videos, indexed):
     found = library.load(indexed, encoder.identity)
-    store = library.open_vectors(indexed, found)
+    store = library.open_index(indexed, found)
     try:
         frames = encoder.video(videos / "query.mp4", found.rate)
         matches = search.search(
@@ -134,6 +134,42 @@ def test_sparse_maps_find_them_too(encoder, videos, indexed):
     names = [found.videos[n].name for n in hits.video[10:24, 0]]
     assert names == ["a.mp4"] * 14
     assert hits.frame[10:24, 0].tolist() == [*range(5, 19)]
+
+
+def test_a_scan_finds_what_milvus_finds(encoder, videos, indexed, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pymilvus", None)  # which it does not need
+    assert index(encoder, videos, tmp_path / "lib", kind="scan") == (3, 120, 1)
+    found = library.load(tmp_path / "lib", encoder.identity)
+    assert found.background == library.load(indexed).background
+    assert not (tmp_path / "lib" / "frames.db").exists()
+    matches = search.search(
+        found,
+        library.open_index(tmp_path / "lib", found),
+        encoder.video(videos / "query.mp4", found.rate),
+        folder=tmp_path / "lib",
+        method=align.chosen("TN", SETTINGS["TN"]),
+    )
+    for name, truth in TRUTH.items():
+        assert any(near(m, truth, SLACK["TN"]) for m in matches if m.video == name), matches
+
+
+def test_libraries_on_one_cluster_have_collections_of_their_own(encoder, videos, tmp_path):
+    """Frames are numbered from 0 in each: one collection would mix them up."""
+    uri, clip = str(tmp_path / "cluster.db"), videos / "library" / "a.mp4"
+    other = videos / "library" / "c.avi"
+    for name, file in (("one", clip), ("two", other)):
+        library.build(
+            encoder, {name: file}, tmp_path / name, kind="exact", uri=uri, say=lambda line: None
+        )
+    for name, file in (("one", clip), ("two", other)):
+        found = library.load(tmp_path / name)
+        store = library.open_index(tmp_path / name, found)
+        try:
+            hits = store.search(encoder.video(file, 1.0), 1, found.kind)
+        finally:
+            store.close()
+        assert hits.frame[:, 0].tolist() == [*range(40)]
+        np.testing.assert_allclose(hits.score, 1, atol=1e-4)
 
 
 def test_features_are_the_models(encoder, videos, monkeypatch):
@@ -185,6 +221,27 @@ def test_a_stopped_run_goes_on(encoder, videos, tmp_path, monkeypatch):
     assert index(encoder, videos, tmp_path / "lib") == (0, 0, 1)
 
 
+def test_the_background_is_that_of_other_videos(tmp_path):
+    """Frames of one video are alike, which says nothing of copies."""
+    rows = np.array([[1, 0], [0.6, 0.8]], np.float32)
+    videos = [library.Video(str(n), str(n), [0, 0], 9) for n in range(2)]
+    for number, row in enumerate(rows):
+        features.write(library.features_file(tmp_path, number), row[None].repeat(9, axis=0))
+    found = library.Library("m", "f", 1.0, "scan", "", videos)
+    assert library._background(tmp_path, found) == pytest.approx(0.6)
+
+
+def test_videos_join_a_library(encoder, videos, indexed, tmp_path):
+    everything = features.find_videos([videos / "library"], "--videos")
+    first = {name: path for name, path in everything.items() if name != "sub/b.mkv"}
+    out = tmp_path / "lib"
+    for some, done in ((first, (2, 80, 1)), (everything, (1, 40, 1))):
+        assert library.build(encoder, some, out, kind="scan", say=lambda line: None) == done
+    found, whole = library.load(out), library.load(indexed)
+    assert [video.name for video in found.videos] == [video.name for video in whole.videos]
+    assert found.background == whole.background  # of all, not of the first ones
+
+
 def test_other_models_and_settings_are_refused(encoder, videos, indexed, tmp_path, capsys):
     other = clips.write_model(tmp_path / "other", seed=2)
     words = ["video", "search", "--model", other, "--index", str(indexed)]
@@ -194,7 +251,7 @@ def test_other_models_and_settings_are_refused(encoder, videos, indexed, tmp_pat
     assert "not m2-encoder-demo other (" in error
     with pytest.raises(UserError, match=r"was made with rate 1\.0, not 2\.0: choose another"):
         index(encoder, videos, indexed, rate=2.0)
-    with pytest.raises(UserError, match="--ann ivf: use one of exact, hnsw"):
+    with pytest.raises(UserError, match="--ann ivf: use one of exact, hnsw, scan"):
         index(encoder, videos, tmp_path / "x", kind="ivf")
 
 
@@ -255,6 +312,17 @@ def test_a_missing_library_is_one_line(monkeypatch):
         vectors.Vectors("x.db")
 
 
+def test_the_page_says_where_its_frames_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(page, "MOST", 2)
+    match = search.Match("a", 0, 5, 1, 6, 0.9)
+    document = {"query": "q", "seconds": 9.0, "rate": 1.0, "model": "m", "method": "TN"}
+    document["matches"] = [match._replace(score=s)._asdict() for s in (0.9, 0.8, 0.7)]
+    text = page.render(document, tmp_path / "gone.mp4", {"a": (tmp_path / "x.mp4", 10.0)})
+    assert "3 segments of 1 videos, frames of the first 2." in text
+    assert text.count("<span>query</span><span>reference</span>") == 2
+    assert text.count("<h3>") == 3
+
+
 def test_the_page_shows_hostile_names_as_text(tmp_path):
     match = search.Match("<script>", 0, 5, 1, 6, 0.9)
     document = {
@@ -265,4 +333,4 @@ def test_the_page_shows_hostile_names_as_text(tmp_path):
     assert "<script>" not in text
     assert "<b>q" not in text
     assert "class=none" in text  # the files are gone, the times are not
-    assert "0:00.0 to 0:05.0 from 0:01.0 to 0:06.0" in text
+    assert "query 0:00.0 to 0:05.0, reference 0:01.0 to 0:06.0" in text

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from m2jax.config import UserError
 from m2jax.tasks.video import decode, encode, metric, segments, simulate
@@ -51,6 +52,7 @@ def test_kinds_in_time_do_what_they_are_called():
         return simulate.simulate(HOST, REFERENCES, kinds, np.random.default_rng(seed)).segments
 
     assert len(made([])) == 2
+    assert simulate.simulate(HOST, REFERENCES, [], np.random.default_rng(0)).reencode == 0
     assert len(made(["reordering"])) == 4
     first, second = made(["reordering"])[:2]
     assert first.query_end == second.query_start
@@ -85,6 +87,71 @@ def test_pictures_change_and_keep_their_size(kind):
     np.testing.assert_array_equal(again.frames, made.frames)
 
 
+@pytest.mark.parametrize("kind", list(simulate.PICTURES))
+def test_a_segment_is_edited_alike(kind):
+    """A still that is copied stays one."""
+    still = scenes(1, 1).repeat(40, axis=0)
+    made = simulate.simulate(scenes(0, 20), {"a": still}, [kind], np.random.default_rng(4))
+    (segment,) = made.segments
+    own = made.frames[segment.query_start : segment.query_end]
+    assert (own == own[:1]).all()
+
+
+def test_every_edit_is_applied_and_to_the_copy_alone():
+    """What is inserted into a copy comes from the host as it was."""
+    host, references = scenes(0, 30), {"a": scenes(1, 40)}
+    kinds = ["insertion", "flip", "letterbox"]
+    made = simulate.simulate(host, references, kinds, np.random.default_rng(2))
+    first, second = made.segments
+    inserted = made.frames[first.query_end : second.query_start]
+    assert len(inserted) >= 3
+    assert all((frame == host).all(axis=(1, 2, 3)).any() for frame in inserted)
+    own = made.frames[first.query_start]
+    alone = simulate.simulate(host, references, kinds[::2], np.random.default_rng(2))
+    assert (own == 0).all(axis=2).mean() > 0.1  # bars
+    assert (own != alone.frames[alone.segments[0].query_start]).any()  # and it is flipped
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_edits_are_as_strong_as_they_say(seed):
+    def edited(kind, values):
+        return np.asarray(simulate.PICTURES[kind](Image.fromarray(values), rng()))
+
+    def rng():
+        return np.random.default_rng(seed)
+
+    white = np.full((120, 160, 3), 255, np.uint8)
+    ramps = np.zeros_like(white)
+    ramps[..., 0], ramps[..., 1] = np.arange(160), np.arange(120)[:, None]
+    left = np.ptp(edited("crop", ramps), axis=(0, 1)) / (159, 119, 1)
+    assert (left[:2] > 0.57).all()
+    assert (left[:2] < 0.88).all()
+    bars = (edited("letterbox", white) == 0).all(axis=2)
+    assert 0.13 < bars.mean() < 0.32
+    assert abs(bars[:60].mean() - bars[60:].mean()) < 0.02
+    assert abs(bars[:, :80].mean() - bars[:, 80:].mean()) < 0.02
+    changed = {kind: (edited(kind, white) != white).any(axis=2) for kind in ("logo", "text")}
+    assert 0 < changed["logo"].mean() < 0.09
+    assert not changed["text"][:60].any()
+    assert changed["text"].any()
+    small = (edited("picture-in-picture", white) == 255).all(axis=2)
+    assert 0.24 < small.mean() < 0.5
+    sharp = np.zeros_like(white)
+    sharp[:, 80:] = 255
+    soft = edited("blur", sharp)
+    assert (soft[60, [78, 81], 0] != sharp[60, [78, 81], 0]).all()
+    assert (soft[60, [60, 100], 0] == sharp[60, [60, 100], 0]).all()
+
+
+def test_colours_change_and_a_third_turns_grey():
+    image = Image.fromarray(scenes(2, 1)[0])
+    grey = 0
+    for seed in range(60):
+        values = np.asarray(simulate.colour(image, np.random.default_rng(seed)))
+        grey += (values == values[..., :1]).all()
+    assert 8 <= grey <= 32
+
+
 def test_every_kind_at_once_survives_the_encoder(tmp_path):
     made = simulate.simulate(
         scenes(0, 20), {"a": scenes(1, 40)}, simulate.KINDS, np.random.default_rng(1)
@@ -104,6 +171,10 @@ def test_labels_are_vcsl_files_and_perfect_by_its_metric(tmp_path):
     read = segments.read_segments(tmp_path / "l.json", forward=True)
     assert json.loads(out.getvalue()) == read == truth
     assert read["q-c"] == []
+    first = made.segments[0]
+    assert read[f"q-{first.reference}"][0] == [
+        *(first.query_start, first.reference_start, first.query_end, first.reference_end)
+    ]
     scores = metric.score(list(read.values()), list(truth.values()))
     assert metric.micro(scores).f1 == pytest.approx(1, abs=1e-6)
 
