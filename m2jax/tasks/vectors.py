@@ -28,7 +28,7 @@ INDEXES: Mapping[str, tuple[Mapping[str, int], Mapping[str, int]]] = {
 }
 # A server on a busy machine may be silent for long. pymilvus gives it 10 s to take a connection and
 # 5 s to answer a ping, and a failure to connect again ends a call, whatever it would have retried.
-# Python's gRPC servers, milvus-lite's too, end a call that is pinged every 10 s after 200 s.
+# Python's gRPC servers, milvus-lite's too, end a call that is pinged every 10 s after 2 to 4 min.
 CONNECT_S = 60.0
 PINGS = {"grpc.keepalive_time_ms": 320_000, "grpc.keepalive_timeout_ms": 60_000}
 TRIES = 6

@@ -109,15 +109,25 @@ def test_large_writes_go_in_parts(store, monkeypatch):
     assert store.count() == 60
 
 
-@pytest.mark.parametrize("index", ["FLAT", "HNSW"])
-def test_an_index_of_either_kind_finds_the_nearest(tmp_path, index):
-    """More than HNSW's usual width is asked for: it is searched as wide as that."""
-    old, _ = models(n=400)
+@pytest.mark.parametrize(("index", "told"), [("FLAT", {}), ("HNSW", {"ef": 200})])
+def test_an_index_of_either_kind_finds_the_nearest(tmp_path, monkeypatch, index, told):
+    """A cluster refuses a search by HNSW that is asked for more than it is told to look at."""
+    old, _ = models(n=250)
     unit = vectors.unit(old.vectors)
     with Store(str(tmp_path / "x.db")) as store:
         store.create(16, index=index)
         backfill(store, old, "v1")
+        asked = []
+        real = store.client.search
+
+        def search(*args, **words):
+            asked.append(words)
+            return real(*args, **words)
+
+        monkeypatch.setattr(store.client, "search", search)
         answers = store.search(unit[:70], 200)
+    assert [len(each["data"]) for each in asked] == [64, 6]
+    assert all(each["search_params"]["params"] == told for each in asked)
     for query, answer in zip(unit[:70], answers, strict=True):
         nearest = {old.ids[row] for row in np.argsort(-unit @ query)[:200]}
         assert len(answer) == 200
