@@ -101,11 +101,11 @@ def compare_search(args):
         for video, first in enumerate(range(0, args.rows, FRAMES)):
             index.insert(video, stored[first : first + FRAMES])
         index.flush()
-        index.search(queries[:1], LIMIT)  # whatever is built late
+        index.search(queries[:1], LIMIT, args.ann)  # whatever is built late
         took = time.perf_counter() - begin
         size = sum(f.stat().st_size for f in Path(name).rglob("*") if f.is_file())
         begin = time.perf_counter()
-        found = index.search(queries, LIMIT)
+        found = index.search(queries, LIMIT, args.ann)
         each = 1000 * (time.perf_counter() - begin) / QUERIES
         begin = time.perf_counter()
         for query in queries[:20]:

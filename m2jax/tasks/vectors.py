@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import sys
 import time
@@ -19,7 +18,7 @@ from m2jax.config import UserError
 
 MISSING = 'needs Milvus: pip install "m2jax[vectors]"'
 BATCH_BYTES = 8 * 2**20  # of one write
-QUERIES = 64  # of one search
+QUERIES = 1024  # of one search; milvus-lite goes through all stored keys for each
 # What building and searching an index are told; HNSW's numbers are Milvus' usual ones.
 INDEXES: Mapping[str, tuple[Mapping[str, int], Mapping[str, int]]] = {
     "FLAT": ({}, {}),
@@ -120,6 +119,7 @@ class Collection:
         self,
         queries: Float32[np.ndarray, "queries dim"],
         limit: int,
+        index: str,
         *,
         where: str = "",
         columns: Sequence[str] = (),
@@ -127,7 +127,7 @@ class Collection:
         """The rows nearest to each query, the nearest first, as pymilvus gives them."""
         self.load()
         found: list[list[dict[str, Any]]] = []
-        told = {name: max(value, limit) for name, value in self._told.items()}  # ef >= limit
+        told = {name: max(value, limit) for name, value in INDEXES[index][1].items()}  # ef >= limit
         for first in range(0, len(queries), QUERIES):
             with self.named():
                 found += self.client.search(
@@ -140,13 +140,6 @@ class Collection:
                     consistency_level="Strong",
                 )
         return found
-
-    @functools.cached_property
-    def _told(self) -> Mapping[str, int]:
-        """What a search tells the index."""
-        with self.named():
-            kind = self.client.describe_index(self.name, self.column)["index_type"]
-        return INDEXES.get(kind, ({}, {}))[1]
 
     def patiently(self, call: Callable[[], T]) -> T:
         """What a call gives that may be made more than once; failures are waited out, TRIES times.

@@ -18,7 +18,7 @@ from m2jax.tasks import epochs
 def test_several_processes_are_refused(tmp_path, capsys, monkeypatch, environ, verb):
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
-    words = [*verb, "--layout", "emoji", "--out", str(tmp_path / "run")]
+    words = [*verb, "--layout", "emoji", "--out", str(tmp_path / "run"), "--epochs", "0"]
     words += ["--method", "none"] if verb[0] == "retrieval" else []
     assert main(words) == 2
     error = capsys.readouterr().err

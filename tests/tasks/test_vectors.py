@@ -109,9 +109,12 @@ def test_large_writes_go_in_parts(store, monkeypatch):
     assert store.count() == 60
 
 
-@pytest.mark.parametrize(("index", "told"), [("FLAT", {}), ("HNSW", {"ef": 200})])
+@pytest.mark.parametrize(
+    ("index", "told"), [("FLAT", {}), ("HNSW", {"ef": 200}), ("AUTOINDEX", {})]
+)
 def test_an_index_of_either_kind_finds_the_nearest(tmp_path, monkeypatch, index, told):
     """A cluster refuses a search by HNSW that is asked for more than it is told to look at."""
+    monkeypatch.setattr(vectors, "QUERIES", 64)
     old, _ = models(n=250)
     unit = vectors.unit(old.vectors)
     with Store(str(tmp_path / "x.db")) as store:

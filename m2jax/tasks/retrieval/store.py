@@ -51,7 +51,7 @@ class Store(Collection):
                 f"--collection {collection!r}: use letters, digits and _, not a digit first"
             )
         super().__init__(uri, collection, token)
-        self._dim = 0
+        self._dim, self._index = 0, ""
 
     def create(self, dim: int, *, index: str = "FLAT") -> None:
         """Makes the collection if it is not there.
@@ -90,10 +90,12 @@ class Store(Collection):
                 )
             with self.named():
                 fields = self.client.describe_collection(self.name)["fields"]
-            there = {field["name"]: field["params"] for field in fields}
+                there = {field["name"]: field["params"] for field in fields}
+                kind = self.client.describe_index(self.name, "vector")["index_type"]
             if {*there} != {*FIELDS}:
                 raise UserError(f"{self.name}: was not made by m2jax: use another --collection")
             self._dim = int(there["vector"]["dim"])
+            self._index = kind if kind in INDEXES else "AUTOINDEX"
         return self._dim
 
     def write(
@@ -156,7 +158,7 @@ class Store(Collection):
             )
         names = ", ".join(f'"{checked_version(version)}"' for version in versions)
         where = f"version in [{names}]" if versions else ""
-        answers = self.nearest(unit(queries), k, where=where, columns=["version"])
+        answers = self.nearest(unit(queries), k, self._index, where=where, columns=["version"])
         return [
             [Found(hit["id"], float(hit["distance"]), hit["entity"]["version"]) for hit in answer]
             for answer in answers

@@ -71,7 +71,7 @@ def search(
     if choose is not None:
         kept = choose(features)
         query, features = keyframes.edges(kept, len(features)), features[kept]
-    hits = vectors.search(features, nearest)
+    hits = vectors.search(features, nearest, library.kind)
     lengths = [video.frames for video in library.videos]
     background = library.background if rescale else 0.0
     sparse = reference_maps(_rescaled(hits, background), lengths)

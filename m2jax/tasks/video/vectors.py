@@ -45,11 +45,11 @@ class Vectors(Collection):
         """Puts on disk what was inserted."""
         self.patiently(lambda: self.client.flush(self.name))
 
-    def search(self, features: Float32[np.ndarray, "frames dim"], limit: int) -> Hits:
+    def search(self, features: Float32[np.ndarray, "frames dim"], limit: int, kind: str) -> Hits:
         """The stored frames nearest to each feature."""
         shape = len(features), limit
         found = Hits(np.full(shape, -1), np.full(shape, -1), np.zeros(shape, np.float32))
-        for row, hits in enumerate(self.nearest(features, limit)):
+        for row, hits in enumerate(self.nearest(features, limit, KINDS[kind])):
             for place, hit in enumerate(hits):
                 found.video[row, place], found.frame[row, place] = divmod(hit["key"], FRAMES)
                 found.score[row, place] = hit["distance"]

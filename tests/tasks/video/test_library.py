@@ -112,7 +112,7 @@ def test_sparse_maps_find_them_too(encoder, videos, indexed):
         matches = search.search(
             found, store, frames, folder=indexed, method=align.chosen("TN", SETTINGS["TN"])
         )
-        hits = store.search(frames, 5)
+        hits = store.search(frames, 5, found.kind)
         left = search.search(
             found,
             store,
