@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """What each part of the re-identification recipe brings, on emoji, several seeds per row.
 
-    python benchmarks/reid.py --out runs/reid [--rows ...] [--seeds 0 1 2] [--epochs 24] [--dry-run]
+    python benchmarks/reid.py --out runs/reid [--init runs/demo] [--rows ...] [--seeds 0 1 2]
+                              [--epochs 24] [--dry-run]
 
-An identity is a concept, a camera a drawing style. All rows train the same small tower from
-nothing, as many steps on the same identities; one thing differs from "four tokens, SDC". Identities
-of the test were not trained on. mAP and R1 in per cent, in the styles of training (known) and in
-two new ones (new): each drawing is a query, and those of its own style with its identity are left
-out. "style told": how well a ridge classifier of the style does on features of test identities it
-was not fitted to, mean over styles; 20 is chance. Two rows train nothing: chance (random vectors)
-and pixels (cosines of what the images are).
+An identity is a concept, a camera a drawing style. All rows start from the same tower, that of the
+model --init or a small one from nothing, and take as many steps on the same identities; one thing
+differs from "four tokens, SDC". Identities of the test were not trained on here; a tower of --init
+may have seen them. mAP and R1 in per cent, in the styles of training (known) and in two new ones
+(new): each drawing is a query, and those of its own style with its identity are left out. "style
+told": how well a ridge classifier of the style does on features of test identities it was not
+fitted to, mean over styles; 20 is chance. Three rows train nothing: chance (random vectors), pixels
+(cosines of what the images are), and start (the model --init as it is).
 
 A finished row leaves a file named by the code of m2jax/ and the config, and is not made again; one
 that was cut off goes on from its checkpoint.
@@ -26,6 +28,7 @@ from pathlib import Path
 import numpy as np
 from code_tree import tree
 
+from m2jax import bundle
 from m2jax.tasks import embedder
 from m2jax.tasks.ranking import FeatureScores
 from m2jax.tasks.reid import evaluate, metrics, readers, train
@@ -38,6 +41,7 @@ BASE = {"tokens": 4}
 ROWS = {
     "chance": None,
     "pixels": None,
+    "start": None,
     "one token": {"tokens": 1},
     "four tokens, no diversity": {"diversity": 0.0},
     "four tokens, SDC": {},
@@ -50,19 +54,23 @@ ROWS = {
 COLUMNS = ("known mAP", "known R1", "new mAP", "new R1", "style told", "numbers", "seconds")
 
 
-def config(row, seed, epochs):
-    """Settings and recipe of a trained row."""
+def config(row, seed, args):
+    """Settings, recipe and first parameters of a trained row."""
     changes = {**BASE, **ROWS[row]}
-    tower = embedder.start_small(
-        width=64, layers=2, heads=2, patch_size=8, height=SIZE, image_width=SIZE,
-        tokens=changes.pop("tokens"),
-    ).tower  # fmt: skip
-    batches = changes.pop("batches", "pk")
+    sizes = {"tokens": changes.pop("tokens"), "height": SIZE, "image_width": SIZE}
+    if args.init:
+        start = embedder.start_from(args.init, **sizes)
+    else:
+        start = embedder.start_small(width=64, layers=2, heads=2, patch_size=8, **sizes)
     recipe = train.Recipe(
-        batches=batches, epochs=epochs, optimizer="adamw", learning_rate=2e-3, seed=seed,
-        save_every=200,
+        batches=changes.pop("batches", "pk"), epochs=args.epochs, optimizer="adamw",
+        learning_rate=args.learning_rate, seed=seed, save_every=200,
     )  # fmt: skip
-    return Settings(tower=tower, identities=0, **CHANGES, **changes), recipe
+    settings = Settings(
+        tower=start.tower, identities=0, mean=start.pixels.mean, std=start.pixels.std,
+        **CHANGES, **changes,
+    )  # fmt: skip
+    return settings, recipe, start.params
 
 
 class Fixed:
@@ -117,8 +125,8 @@ def figures(model, sets):
 class Bench:
     """The rows under one folder."""
 
-    def __init__(self, out, epochs, dry):
-        self.out, self.epochs, self.dry, self.tree = out, epochs, dry, tree()
+    def __init__(self, args):
+        self.out, self.args, self.tree = args.out.absolute(), args, tree()
         self.sets = {}
 
     def data(self):
@@ -130,25 +138,27 @@ class Bench:
 
     def make(self, row, seed, folder):
         """The figures of a row."""
+        if row == "start":
+            return figures(bundle.load(self.args.init), self.data())
         if ROWS[row] is None:
             return figures(Fixed(seed if row == "chance" else None), self.data())
-        settings, recipe = config(row, seed, self.epochs)
+        settings, recipe, start = config(row, seed, self.args)
         data = self.data()["known"]
         folder.parent.mkdir(parents=True, exist_ok=True)
-        model = train.train(data, settings, recipe, folder, show=False)
+        model = train.train(data, settings, recipe, folder, start=start, show=False)
         return figures(model, self.data()) | {"seconds": model.report["seconds"]}
 
     def figures(self, row, seed):
         """The row's figures; made if they are not there."""
-        made = [row, seed]
+        made = [row, seed, self.args.init]
         if ROWS[row] is not None:
-            settings, recipe = config(row, seed, self.epochs)
-            made = [asdict(settings), asdict(recipe)]
+            settings, recipe, _ = config(row, seed, self.args)
+            made = [asdict(settings), asdict(recipe), self.args.init]
         code = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:10]
         file = self.out / f"{self.tree}-{code}.json"
         if file.exists():
             return json.loads(file.read_text())
-        if self.dry:
+        if self.args.dry_run or (row == "start" and not self.args.init):
             return None
         folder = self.out / "runs" / file.stem
         found = {"row": row, "seed": seed, **self.make(row, seed, folder)}
@@ -178,11 +188,13 @@ def main():
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--init", default="", help="a model to start from; default: from nothing")
     parser.add_argument("--epochs", type=int, default=24)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--dry-run", action="store_true", help="only show what is there")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    bench = Bench(args.out.absolute(), args.epochs, args.dry_run)
+    bench = Bench(args)
     found = {row: [] for row in args.rows}
     for seed in args.seeds:
         for row in args.rows:

@@ -2,6 +2,7 @@
 """An upgrade drill: a database of old vectors is filled with new ones while it is searched.
 
     python benchmarks/upgrade.py --out runs/upgrade [--items 200000] [--dim 64] [--queries 200]
+                                 [--index FLAT] [--rest 1]
 
 A Milvus server runs in a process of its own, searches in this one, and `m2jax retrieval index` in a
 third that is killed (SIGKILL) at a quarter and at half of its way; at three quarters the server is
@@ -9,12 +10,14 @@ killed too and started again. Every phase is searched with the new model's queri
 versions and vectors of the whole collection are compared with what was written, by count and by a
 checksum. Vectors are synthetic: items are random points, the old model sees them with more noise
 than the new one, a query is another look of the new model at an item. Recall@k: the item is among
-the first k. What is printed is in results.json too.
+the first k; beside it what NumPy finds when it compares a query with every vector of that moment.
+What is printed is in results.json too.
 """
 
 import argparse
 import json
 import os
+import re
 import signal
 import socket
 import statistics
@@ -28,10 +31,11 @@ import numpy as np
 from m2jax.config import UserError
 from m2jax.tasks.retrieval.backfill import Features, backfill, contents, expected
 from m2jax.tasks.retrieval.store import Store
+from m2jax.tasks.vectors import unit
 
 NOISE = {"old": 1.1, "new": 0.7}  # of a look at an item, whose own coordinates have unit variance
 TOP = 10
-TIMED = 10  # queries of a phase that are timed, one by one
+TIMED = 3  # queries of a phase that are timed, one by one
 
 
 def looks(rng, items, model, ids):
@@ -73,12 +77,25 @@ class Server:
 
 
 class Searches:
-    """What searches found and how long they took, phase by phase."""
+    """What searches found and how long they took, phase by phase.
 
-    def __init__(self, uri, queries):
-        self.uri, self.queries = uri, queries
+    Args:
+        uri: of the database.
+        queries: names of the items that are wanted, and vectors.
+        old: vectors of all items.
+        new: the same by the new model, which take the places of the old ones in their order.
+    """
+
+    def __init__(self, uri, queries, old, new):
+        self.queries, self.old, self.new = queries, old, new
         self.store = Store(uri)
         self.seconds = []
+
+    def exact(self, replaced):
+        """The nearest items of each query when so many are new, by NumPy."""
+        held = np.concatenate([self.new.vectors[:replaced], self.old.vectors[replaced:]])
+        nearest = np.argsort(-unit(self.queries.vectors) @ unit(held).T, axis=1)[:, :TOP]
+        return [[self.new.ids[row] for row in rows] for rows in nearest]
 
     def one(self, at):
         """One query's answer, timed."""
@@ -89,23 +106,32 @@ class Searches:
 
     def phase(self, name):
         """All queries at once for recall, the first ones alone for their time."""
-        self.seconds, right, versions = [], [], []
+        self.seconds, versions = [], []
         for at in range(min(TIMED, len(self.queries.ids))):
             self.one(at)
+        new = self.store.count("new")
+        exact = self.exact(new)
         answers = self.store.search(self.queries.vectors, TOP)
-        for wanted, answer in zip(self.queries.ids, answers, strict=True):
-            ids = [hit.id for hit in answer]
-            right.append(ids.index(wanted) if wanted in ids else TOP)
+        found = [[hit.id for hit in answer] for answer in answers]
+        for answer in answers:
             versions += [hit.version for hit in answer]
         share = {v: versions.count(v) / len(versions) for v in sorted(set(versions))}
+        same = [len({*a} & {*b}) / TOP for a, b in zip(found, exact, strict=True)]
         return {
             "phase": name,
-            "recall@1": float(np.mean(np.array(right) < 1)),
-            f"recall@{TOP}": float(np.mean(np.array(right) < TOP)),
+            "new": new,
+            **{f"recall@{k}": self.recall(found, k) for k in (1, TOP)},
+            **{f"exact recall@{k}": self.recall(exact, k) for k in (1, TOP)},
+            "of exact answers": float(np.mean(same)),
             "median_ms": 1000 * statistics.median(self.seconds),
             "max_ms": 1000 * max(self.seconds),
             "answers_by_version": share,
         }
+
+    def recall(self, answers, k):
+        """Share of the queries whose item is among the first k."""
+        pairs = zip(self.queries.ids, answers, strict=True)
+        return float(np.mean([name in answer[:k] for name, answer in pairs]))
 
 
 class Backfill:
@@ -125,6 +151,7 @@ class Backfill:
     def start(self):
         """In a process of its own; what it says goes to the log."""
         with self.log.open("a") as log:
+            self.begin = log.tell()
             self.process = subprocess.Popen(self.words, stdout=log, stderr=log)
 
     def running(self):
@@ -144,31 +171,36 @@ class Backfill:
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
 
+    def seen(self):
+        """Items it has gone through, by its own words; the count of its last start."""
+        said = re.findall(r"\r([\d,]+)/", self.log.read_bytes()[self.begin :].decode())
+        return int(said[-1].replace(",", "")) if said else 0
 
-def until(searches, backfill, count):
-    """Searches go on until so many items are new, or the backfill is done.
+
+def until(searches, backfill, count, rest):
+    """Searches go on until the backfill has seen so many items, or is done.
 
     Returns:
         What happened meanwhile.
     """
-    answered = failed = found = 0
+    answered = failed = 0
     searches.seconds = []
-    while backfill.running():
+    while backfill.running() and backfill.seen() < count:
         try:
             searches.one((answered + failed) % len(searches.queries.ids))
             answered += 1
-        except UserError:
+        except UserError as error:
             failed += 1
-        found = searches.store.count("new")
-        if found >= count:
-            break
+            print(f"search: {error}", flush=True)
+        time.sleep(rest)
     return {
-        "new_items": found,
+        "seen": backfill.seen(),
         "searches_answered": answered,
         "searches_failed": failed,
         "median_ms": 1000 * statistics.median(searches.seconds or [0]),
         "slowest_ms": 1000 * max(searches.seconds, default=0),
         "backfill_restarted": backfill.restarts,
+        "tries_again": backfill.log.read_text().count(": try "),
     }
 
 
@@ -187,29 +219,29 @@ def drill(args):
     rows, events = [], []
     try:
         with Store(server.uri) as store:
-            store.create(args.dim)
+            store.create(args.dim, index=args.index)
             start = time.perf_counter()
             backfill(store, old, "old")
             events.append({"event": "old model indexed", "seconds": time.perf_counter() - start})
-        searches = Searches(server.uri, queries)
+        searches = Searches(server.uri, queries, old, new)
         rows.append(searches.phase("before: all old"))
         print(json.dumps(rows[-1]), flush=True)
         log = args.out / "backfill.log"
         for share, what in ((0.25, "backfill"), (0.5, "backfill"), (0.75, "server")):
             filling = Backfill(server.uri, file, args.items, log)
-            told = until(searches, filling, share * args.items)
+            told = until(searches, filling, share * args.items, args.rest)
             filling.kill()
             if what == "server":
                 server.kill()
                 server.start()
-                searches = Searches(server.uri, queries)
+                searches = Searches(server.uri, queries, old, new)
             held = {"new": searches.store.count("new"), "all": searches.store.count()}
             events.append({"event": f"{what} killed", **told, "items_after": held})
             print(json.dumps(events[-1]), flush=True)
             rows.append(searches.phase(f"{held['new'] / args.items:.0%} new"))
             print(json.dumps(rows[-1]), flush=True)
         filling = Backfill(server.uri, file, args.items, log)
-        told = until(searches, filling, args.items + 1)
+        told = until(searches, filling, args.items + 1, args.rest)
         events.append({"event": f"backfill ended with {filling.process.wait()}", **told})
         print(json.dumps(events[-1]), flush=True)
         rows.append(searches.phase("after: all new"))
@@ -225,7 +257,8 @@ def drill(args):
         }
     finally:
         server.kill()
-    return {"items": args.items, "dim": args.dim, "events": events, "rows": rows, "final": final}
+    made = {"items": args.items, "dim": args.dim, "index": args.index}
+    return {**made, "events": events, "rows": rows, "final": final}
 
 
 def main():
@@ -235,6 +268,8 @@ def main():
     parser.add_argument("--items", type=int, default=200_000)
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--queries", type=int, default=200)
+    parser.add_argument("--rest", type=float, default=1.0, help="seconds between two searches")
+    parser.add_argument("--index", default="FLAT", help="FLAT (exact, default) or HNSW")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     found = drill(args)

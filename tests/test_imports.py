@@ -38,7 +38,7 @@ HOMES: dict[str, str | tuple[str, ...]] = {
     "gradio": "eval/explore_page",
     "transformers": "checkpoint/convert",
     "av": ("tasks/video/decode", "tasks/video/encode"),
-    "pymilvus": ("tasks/retrieval/store", "tasks/video/vectors"),
+    "pymilvus": "tasks/vectors",
 }
 FORBIDDEN = {"tensorflow", "keras"}
 ONLY_IN_FUNCTIONS = {

@@ -67,6 +67,12 @@ def _add_train(parts: Any) -> None:
     recipe.add_argument(
         "--batches", default="pk", help="pk (default), window (hard, as published), nearest (hard)"
     )
+    recipe.add_argument(
+        "--prototypes",
+        default="classifier",
+        help="what tells hard batches who is alike: classifier (its weights; default), or features "
+        "(means of each identity's, moved by every batch)",
+    )
     recipe.add_argument("--p", type=int, default=16, help="identities of a batch (default: 16)")
     recipe.add_argument("--k", type=int, default=4, help="images of each (default: 4)")
     recipe.add_argument("--epochs", type=int, default=120, help="(default: 120)")
@@ -94,11 +100,12 @@ def run_train(args: argparse.Namespace) -> int:
     from m2jax.config import UserError
     from m2jax.dist.host import load_devices
     from m2jax.tasks import embedder
-    from m2jax.tasks.epochs import PreemptedError
+    from m2jax.tasks.epochs import PreemptedError, check_alone
     from m2jax.tasks.reid import readers, train
     from m2jax.tasks.reid.dcformer import Settings
     from m2jax.train.main import PREEMPTED
 
+    check_alone()
     if not args.out.is_dir():
         check_absent(args.out)
     height, width = pair_of(args.size or ("32x32" if args.layout in readers.EMOJI else "256x128"))
@@ -123,7 +130,7 @@ def run_train(args: argparse.Namespace) -> int:
     else:
         sizes = {"width": args.width, "layers": args.layers, "heads": args.heads}
         start = embedder.start_small(**sizes, patch_size=args.patch, **changes)
-    names = ("diversity", "dynamic", "scenes", "scene_weight")
+    names = ("diversity", "dynamic", "scenes", "scene_weight", "prototypes")
     settings = Settings(
         tower=start.tower,
         identities=0,

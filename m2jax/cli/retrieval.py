@@ -116,12 +116,10 @@ def run_search(args: argparse.Namespace) -> int:
     queries = read_features(args.features)
     lines = []
     with Store(args.uri, args.collection, args.token) as store:
-        for first in range(0, len(queries.ids), 100):
-            rows = slice(first, first + 100)
-            answers = store.search(queries.vectors[rows], args.k, args.versions)
-            for name, answer in zip(queries.ids[rows], answers, strict=True):
-                hits = [each._asdict() for each in answer]
-                lines.append(json.dumps({"id": name, "hits": hits}, ensure_ascii=False))
+        answers = store.search(queries.vectors, args.k, args.versions)
+    for name, answer in zip(queries.ids, answers, strict=True):
+        hits = [each._asdict() for each in answer]
+        lines.append(json.dumps({"id": name, "hits": hits}, ensure_ascii=False))
     text = "".join(f"{line}\n" for line in lines)
     if args.out:
         files.write(args.out, lambda file: file.write(text.encode()))

@@ -63,12 +63,13 @@ def run(args: argparse.Namespace) -> int:
     from m2jax.config import UserError
     from m2jax.dist.host import load_devices
     from m2jax.tasks import embedder
-    from m2jax.tasks.epochs import PreemptedError
+    from m2jax.tasks.epochs import PreemptedError, check_alone
     from m2jax.tasks.reid import readers
     from m2jax.tasks.retrieval import train_compatible, training_sets
     from m2jax.tasks.retrieval.compatible import METHODS, Settings
     from m2jax.train.main import PREEMPTED
 
+    check_alone()
     if not args.out.is_dir():
         check_absent(args.out)
     if args.method not in METHODS:

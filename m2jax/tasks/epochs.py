@@ -24,6 +24,7 @@ from m2jax.checkpoint.manager import Checkpoints
 from m2jax.config import Experiment, UserError
 from m2jax.data.loader import Loader
 from m2jax.data.source import HostBatch
+from m2jax.dist.launchers import detect
 from m2jax.dist.preemption import Preemption
 from m2jax.dist.sharding import batch_shards
 from m2jax.eval.sets.records import Images
@@ -228,6 +229,21 @@ def shuffled(count: int, batch: int, rng: np.random.Generator) -> Batches:
     """Batches of all rows in a random order; what is left over is dropped."""
     order = rng.permutation(count)
     return [order[first : first + batch] for first in range(0, count - batch + 1, batch)]
+
+
+def check_alone(environ: Mapping[str, str] = os.environ) -> None:
+    """Refuses to be one of several processes: each would train by itself, into the same folder.
+
+    Raises:
+        UserError: that.
+    """
+    found = detect(environ)
+    if found.count > 1 or found.ask_jax:
+        raise UserError(
+            f"{found.via}: started {found.count if found.count > 1 else 'several'} processes, and "
+            "this trains in one, on all devices of one machine: start one, or say that it is one "
+            "with M2JAX_NUM_PROCESSES=1"
+        )
 
 
 def check_batch(size: int, mesh: Mesh) -> None:

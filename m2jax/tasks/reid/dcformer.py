@@ -28,9 +28,11 @@ from m2jax.models import params as params_lib
 from m2jax.models.batch_norm import EPS
 from m2jax.models.class_tokens import ClassTokens, ClassTokenTower, from_vision_tower
 from m2jax.models.params import Abstract, Params
-from m2jax.train.task import Batch, Metrics
+from m2jax.tasks.reid.prototypes import moved
+from m2jax.train.task import CARRIED, Batch, Metrics
 
 SCENES = ("none", "reversal", "confusion")
+PROTOTYPES = ("classifier", "features")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +46,7 @@ class Settings:
     scenes: str = "none"  # none | reversal | confusion: what takes cameras out of the features
     cameras: int = 0  # for scenes; the tower's side information counts its own
     scene_weight: float = 0.1
+    prototypes: str = "classifier"  # classifier | features: what hard batches are chosen by
     steps: int = 1  # of the run: over them the reversed gradient rises, as in AdvBCT
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # of RGB in [0, 1]
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
@@ -71,6 +74,14 @@ class _Heads(nnx.Module):
         return jnp.einsum("bkd,kdn->bkn", normal, self.kernel[...], precision="highest")
 
 
+class _Prototypes(nnx.Module):
+    """A running mean of each identity's first token; no gradient moves it."""
+
+    def __init__(self, rngs: nnx.Rngs, identities: int, width: int):
+        zero, kind = layers.constant(0.0), jnp.dtype("float32")
+        self.mean = layers.param(rngs, zero, (identities, width), (None, "embed"), kind)
+
+
 class DCFormer(nnx.Module):
     """The tower and its heads."""
 
@@ -82,6 +93,8 @@ class DCFormer(nnx.Module):
         self.scene = (
             layers.Linear(rngs, shape, (None, None), init=small) if cfg.scenes != "none" else None
         )
+        features = cfg.prototypes == "features"
+        self.prototypes = _Prototypes(rngs, cfg.identities, width) if features else None
 
 
 class DCFormerTask:
@@ -100,8 +113,9 @@ class DCFormerTask:
     """
 
     def __init__(self, cfg: Settings, mesh: Mesh | None = None, start: Params | None = None):
-        if cfg.scenes not in SCENES:
-            raise UserError(f"scenes={cfg.scenes!r}: use one of {', '.join(SCENES)}")
+        for name, known in (("scenes", SCENES), ("prototypes", PROTOTYPES)):
+            if (value := getattr(cfg, name)) not in known:
+                raise UserError(f"{name}={value!r}: use one of {', '.join(known)}")
         if cfg.scenes != "none" and (cfg.tower.cameras or cfg.cameras < 2):
             raise UserError(
                 f"scenes={cfg.scenes}: needs two cameras or more to take out, and a tower without "
@@ -143,11 +157,15 @@ class DCFormerTask:
             weight=self.cfg.diversity,
             mesh=self.mesh,
         )
-        metrics = {
+        metrics: dict[str, Any] = {
             "loss/identity": parts.identity.mean(),
             "loss/triplet": parts.triplet.mean(),
             "loss/diverse": parts.diverse,
         }
+        if self.cfg.prototypes == "features":
+            seen = jax.lax.stop_gradient(tokens[:, 0])
+            mean = moved(params["prototypes"]["mean"], seen, batch["identity"])
+            metrics[CARRIED] = {"prototypes": {"mean": mean}}
         if self.cfg.scenes == "none":
             return parts.total, metrics
         added, told = scene_adversary(
@@ -175,8 +193,8 @@ class DCFormerTask:
         return params
 
     def frozen(self, name: str) -> bool:
-        """Every parameter is trained."""
-        return False
+        """All but the prototypes are trained."""
+        return name.startswith("prototypes.")
 
     def layer_scales(self, decay: float) -> Mapping[str, Any]:
         """No decay over layers: the published recipe has none."""

@@ -7,8 +7,6 @@ numbers are read, so training goes on meanwhile.
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,26 +18,19 @@ from m2jax.dist.sharding import BATCH_AXES
 
 
 class Prototypes:
-    """One vector per identity: a classifier's weights, or running means of features.
+    """One vector per identity: a classifier's weights, or means of features.
 
     Args:
         identities: how many.
         dim: of a vector.
         rng: of the first vectors, drawn from N(0, 1) as the published sampler does.
         mesh: rows lie over its batch axes; one device if not given.
-        momentum: of ``update``: share of the old mean that stays.
     """
 
     def __init__(
-        self,
-        identities: int,
-        dim: int,
-        rng: jax.Array,
-        *,
-        mesh: Mesh | None = None,
-        momentum: float = 0.9,
+        self, identities: int, dim: int, rng: jax.Array, *, mesh: Mesh | None = None
     ) -> None:
-        self.identities, self._momentum = identities, momentum
+        self.identities = identities
         axes = () if mesh is None else tuple(a for a in BATCH_AXES if a in mesh.axis_names)
         self._parts = 1 if mesh is None else int(np.prod([mesh.shape[a] for a in axes]))
         self._place = None if mesh is None else NamedSharding(mesh, PartitionSpec(axes))
@@ -51,7 +42,7 @@ class Prototypes:
         return jnp.copy(padded) if self._place is None else jax.device_put(padded, self._place)
 
     def refresh(self, weights: Float[Array, "identities dim"]) -> None:
-        """Takes a copy of a classifier's rows; returns at once.
+        """Takes a copy of an identity's row each; returns at once.
 
         Raises:
             UserError: another number of identities or another width.
@@ -64,10 +55,6 @@ class Prototypes:
         # Added to zero: a donated buffer of the trainer's may be reused after it has been read.
         self._rows = self._spread(weights + 0)
 
-    def update(self, features: Float[Array, "batch dim"], labels: Int[Array, " batch"]) -> None:
-        """Moves the means of the identities of a batch; returns at once."""
-        self._rows = _moved(self._rows, features, labels, self._momentum)
-
     def similarities(self, anchor: int) -> Float[np.ndarray, " identities"]:
         """Cosines of all identities with one; waits for what was started before."""
         return np.asarray(_cosines(self._rows, anchor))[: self.identities]
@@ -79,15 +66,22 @@ def _cosines(rows: Float[Array, "n dim"], anchor: int) -> Float[Array, " n"]:
     return jnp.matmul(unit, unit[anchor], precision="highest")
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _moved(
+def moved(
     rows: Float[Array, "n dim"],
     features: Float[Array, "batch dim"],
     labels: Int[Array, " batch"],
-    momentum: float,
+    momentum: float = 0.9,
 ) -> Float[Array, "n dim"]:
-    """Each present identity's row moves to the mean of its features."""
+    """Running means of features (our choice): each present identity's row moves to its mean.
+
+    Args:
+        rows: of all identities; zeros: not seen yet, takes the mean as it is.
+        features: of a batch.
+        labels: whose they are.
+        momentum: share of the old row that stays.
+    """
     total = jnp.zeros_like(rows).at[labels].add(features)
     count = jnp.zeros(len(rows)).at[labels].add(1.0)[:, None]
     mean = total / jnp.maximum(count, 1)
-    return jnp.where(count > 0, momentum * rows + (1 - momentum) * mean, rows)
+    kept = jnp.where(rows.any(1, keepdims=True), momentum, 0.0)
+    return jnp.where(count > 0, kept * rows + (1 - kept) * mean, rows)

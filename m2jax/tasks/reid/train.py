@@ -63,7 +63,7 @@ class Recipe:
 
 
 class Identities:
-    """The order of an epoch; hard batches look at the first token's classifier.
+    """The order of an epoch; hard batches look at the first token's classifier or its means.
 
     Args:
         labels: identity of each image.
@@ -81,12 +81,14 @@ class Identities:
             self._prototypes = Prototypes(count, width, rng, mesh=mesh)
 
     def __call__(self, epoch: int, params: Params) -> Batches:
-        """Of epoch 0 by random prototypes, as published; then by the classifier as it is."""
+        """Of epoch 0 by random prototypes, as published; then by what was trained by then."""
         cfg, rng = self._recipe, np.random.default_rng((self._recipe.seed, 17, epoch))
         if self._prototypes is None:
             return list(pk(self._labels, cfg.p, cfg.k, rng))
         if epoch:
-            self._prototypes.refresh(params["heads"]["kernel"][0].T)
+            by_features = "prototypes" in params
+            kernel = params["heads"]["kernel"][0].T
+            self._prototypes.refresh(params["prototypes"]["mean"] if by_features else kernel)
         sampler = SAMPLERS[cfg.batches]
         return list(sampler(self._labels, cfg.p, cfg.k, rng, self._prototypes.similarities))
 
@@ -134,6 +136,11 @@ def train(
     labels = data.train.labels
     if recipe.p > (count := len(np.unique(labels.identities))):
         raise UserError(f"P={recipe.p}: the set has {count} identities: lower it")
+    if settings.prototypes != "classifier" and recipe.batches == "pk":
+        raise UserError(
+            f"prototypes={settings.prototypes}: random batches look at none: take batches "
+            f"{' or '.join(SAMPLERS)}"
+        )
     per_epoch = steps_per_epoch(labels.identities, recipe)
     steps = recipe.epochs * per_epoch
     settings = dataclasses.replace(

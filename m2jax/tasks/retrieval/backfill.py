@@ -18,7 +18,8 @@ import numpy as np
 from jaxtyping import Float32
 
 from m2jax.config import UserError
-from m2jax.tasks.retrieval.store import ID_BYTES, Store, checked_version, unit
+from m2jax.tasks.retrieval.store import ID_BYTES, Store, checked_version
+from m2jax.tasks.vectors import unit
 
 BATCH = 1000  # items of one write
 SAME = 1e-5  # numbers of equal vectors may differ by

@@ -8,24 +8,22 @@ single step: nothing is ever there twice or missing, however often a backfill is
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float32
 
 from m2jax.config import UserError
+from m2jax.tasks.vectors import INDEXES, Collection, unit
 
 DEFAULT_URI = "milvus.db"  # an embedded database in a folder of that name
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,254}")  # of a collection, by Milvus's rule
 VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # goes into filters: no quotes
 ID_BYTES = 512
-PAGE = 10_000  # items of a page; a cluster gives at most 16,384
-INDEXES = ("FLAT", "HNSW", "AUTOINDEX")
+PAGE = 16_000  # items of a page; a cluster gives at most 16,384
+FIELDS = ("id", "version", "vector")
 
 
 class Found(NamedTuple):
@@ -44,45 +42,16 @@ class Row(NamedTuple):
     vector: Float32[np.ndarray, " dim"]
 
 
-class Store:
-    """A collection of one database.
-
-    Args:
-        uri: a path that ends in .db (embedded; one process at a time), or the http:// address of a
-            server or a cluster.
-        collection: its name.
-        token: of a cluster that asks for one.
-
-    Raises:
-        UserError: pymilvus is missing, the database cannot be reached, or a name that cannot be.
-    """
+class Store(Collection):
+    """Items of one collection; see there for the arguments."""
 
     def __init__(self, uri: str = DEFAULT_URI, collection: str = "items", token: str = "") -> None:
         if not NAME.fullmatch(collection):
             raise UserError(
                 f"--collection {collection!r}: use letters, digits and _, not a digit first"
             )
-        self.uri, self.collection = uri, collection
-        self._client = _connect(uri, token)
-        self._dim = 0
-        if self.exists():
-            with self._named():  # a database that was closed, or crashed, opens with nothing loaded
-                self._client.load_collection(collection)
-
-    def close(self) -> None:
-        """Ends the connection; an embedded database can then be opened by another process."""
-        self._client.close()
-        if self.uri.endswith(".db"):
-            with contextlib.suppress(ImportError):
-                from milvus_lite.server_manager import server_manager_instance
-
-                server_manager_instance.release_server(self.uri)
-
-    def __enter__(self) -> Store:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        super().__init__(uri, collection, token)
+        self._dim, self._index = 0, ""
 
     def create(self, dim: int, *, index: str = "FLAT") -> None:
         """Makes the collection if it is not there.
@@ -99,27 +68,13 @@ class Store:
         if self.exists():
             if self.dim != dim:
                 raise UserError(
-                    f"{self.collection}: holds vectors of {self.dim} numbers, these have {dim}: "
+                    f"{self.name}: holds vectors of {self.dim} numbers, these have {dim}: "
                     "models of one collection must agree; use another --collection"
                 )
             return
-        from pymilvus import DataType, MilvusClient
-
-        schema = MilvusClient.create_schema(auto_id=False, enable_dynamic_field=False)
-        schema.add_field("id", DataType.VARCHAR, is_primary=True, max_length=ID_BYTES)
-        schema.add_field("version", DataType.VARCHAR, max_length=64)
-        schema.add_field("vector", DataType.FLOAT_VECTOR, dim=dim)
-        params = MilvusClient.prepare_index_params()
-        params.add_index("vector", index_type=index, metric_type="IP")
-        with self._named():
-            self._client.create_collection(
-                self.collection, schema=schema, index_params=params, consistency_level="Strong"
-            )
-
-    def exists(self) -> bool:
-        """Whether the collection is there."""
-        with self._named():
-            return self._client.has_collection(self.collection)
+        name = {"datatype": "VARCHAR", "is_primary": True, "max_length": ID_BYTES}
+        version = {"datatype": "VARCHAR", "max_length": 64}
+        self.make(dim, {"id": name, "version": version}, index)
 
     @property
     def dim(self) -> int:
@@ -128,19 +83,19 @@ class Store:
         Raises:
             UserError: no such collection.
         """
-        if self._dim:
-            return self._dim
-        if not self.exists():
-            raise UserError(
-                f"{self.collection}: no such collection in {self.uri}: m2jax retrieval index "
-                "makes it"
-            )
-        with self._named():
-            fields = self._client.describe_collection(self.collection)["fields"]
-        vectors = [f for f in fields if f["name"] == "vector"]
-        if not vectors or {f["name"] for f in fields} != {"id", "version", "vector"}:
-            raise UserError(f"{self.collection}: was not made by m2jax: use another --collection")
-        self._dim = int(vectors[0]["params"]["dim"])
+        if not self._dim:
+            if not self.exists():
+                raise UserError(
+                    f"{self.name}: no such collection in {self.uri}: m2jax retrieval index makes it"
+                )
+            with self.named():
+                fields = self.client.describe_collection(self.name)["fields"]
+                there = {field["name"]: field["params"] for field in fields}
+                kind = self.client.describe_index(self.name, "vector")["index_type"]
+            if {*there} != {*FIELDS}:
+                raise UserError(f"{self.name}: was not made by m2jax: use another --collection")
+            self._dim = int(there["vector"]["dim"])
+            self._index = kind if kind in INDEXES else "AUTOINDEX"
         return self._dim
 
     def write(
@@ -151,25 +106,22 @@ class Store:
             {"id": name, "version": version, "vector": vector}
             for name, vector in zip(ids, vectors, strict=True)
         ]
-        with self._named():
-            self._client.upsert(self.collection, rows)
+        self.upsert(rows, ID_BYTES + vectors.itemsize * vectors.shape[1])
 
     def read(self, ids: Sequence[str]) -> dict[str, Row]:
         """Those of the named items that are there."""
-        with self._named():
-            rows = self._client.get(
-                self.collection, ids=list(ids), output_fields=["id", "version", "vector"]
-            )
+        self.load()
+        rows = self.patiently(
+            lambda: self.client.get(self.name, ids=[*ids], output_fields=[*FIELDS])
+        )
         return {row["id"]: _row(row) for row in rows}
 
     def rows(self, *, batch: int = PAGE) -> Iterator[Row]:
         """Every stored item; the embedded database goes through all of them for each page."""
-        with self._named():
-            pages = self._client.query_iterator(
-                self.collection,
-                batch_size=batch,
-                output_fields=["id", "version", "vector"],
-                consistency_level="Strong",
+        self.load()
+        with self.named():
+            pages = self.client.query_iterator(
+                self.name, batch, output_fields=[*FIELDS], consistency_level="Strong"
             )
             while page := pages.next():
                 yield from map(_row, page)
@@ -178,12 +130,10 @@ class Store:
     def count(self, version: str = "") -> int:
         """Items, or those of one version."""
         where = f'version == "{checked_version(version)}"' if version else ""
-        with self._named():
-            found = self._client.query(
-                self.collection,
-                filter=where,
-                output_fields=["count(*)"],
-                consistency_level="Strong",
+        self.load()
+        with self.named():
+            found = self.client.query(
+                self.name, where, output_fields=["count(*)"], consistency_level="Strong"
             )
         return int(found[0]["count(*)"])
 
@@ -203,78 +153,20 @@ class Store:
         """
         if queries.shape[1] != self.dim:
             raise UserError(
-                f"{self.collection}: holds vectors of {self.dim} numbers, queries have "
+                f"{self.name}: holds vectors of {self.dim} numbers, queries have "
                 f"{queries.shape[1]}: embed them with a model of this collection"
             )
         names = ", ".join(f'"{checked_version(version)}"' for version in versions)
-        with self._named():
-            answers = self._client.search(
-                self.collection,
-                data=[*unit(queries)],
-                limit=k,
-                filter=f"version in [{names}]" if versions else "",
-                output_fields=["version"],
-                consistency_level="Strong",
-            )
+        where = f"version in [{names}]" if versions else ""
+        answers = self.nearest(unit(queries), k, self._index, where=where, columns=["version"])
         return [
             [Found(hit["id"], float(hit["distance"]), hit["entity"]["version"]) for hit in answer]
             for answer in answers
         ]
 
-    @contextlib.contextmanager
-    def _named(self) -> Iterator[None]:
-        """The database's own errors, in one line."""
-        from pymilvus.exceptions import MilvusException
-
-        try:
-            yield
-        except MilvusException as error:
-            said = str(error.message).strip().splitlines() or [type(error).__name__]
-            raise UserError(
-                f"{self.uri}: {self.collection}: {said[0]}: see whether the database runs"
-            ) from error
-
-
-def _connect(uri: str, token: str) -> Any:
-    try:
-        from pymilvus import MilvusClient
-        from pymilvus.exceptions import MilvusException
-    except ModuleNotFoundError as error:
-        raise UserError("m2jax retrieval: needs pymilvus: pip install 'm2jax[vectors]'") from error
-    embedded = "://" not in uri
-    if embedded and (not uri.endswith(".db") or not Path(uri).absolute().parent.is_dir()):
-        raise UserError(
-            f"--uri {uri}: name a database that ends in .db in a folder that is there, or an "
-            "http:// address"
-        )
-    # An embedded database that is in use is logged with a traceback before it is refused.
-    noisy = [logging.getLogger(name) for name in ("milvus_lite", "pymilvus")]
-    levels = [each.level for each in noisy]
-    for each in noisy:
-        each.setLevel(logging.CRITICAL)
-    try:
-        return MilvusClient(uri, token=token)
-    except (MilvusException, OSError, ValueError) as error:
-        why = (
-            "another process has it open, or it is no database: close that, or share it by "
-            "`milvus-lite server` and its http:// address"
-            if embedded
-            else "cannot be reached: start it or mend the address"
-        )
-        raise UserError(f"--uri {uri}: {why}") from error
-    finally:
-        for each, level in zip(noisy, levels, strict=True):
-            each.setLevel(level)
-
 
 def _row(found: dict[str, Any]) -> Row:
     return Row(found["id"], found["version"], np.asarray(found["vector"], np.float32))
-
-
-def unit(x: np.ndarray) -> Float32[np.ndarray, "n dim"]:
-    """Rows of unit length."""
-    x = np.asarray(x, np.float32)
-    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
 
 def checked_version(version: str) -> str:

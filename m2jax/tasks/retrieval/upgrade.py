@@ -26,7 +26,7 @@ from m2jax.tasks.ranking import FeatureScores
 from m2jax.tasks.retrieval import metrics
 from m2jax.tasks.retrieval.backfill import Features, read_features
 from m2jax.tasks.retrieval.compatibility import Measured, Scores, compatibility
-from m2jax.tasks.retrieval.store import unit
+from m2jax.tasks.vectors import unit
 
 KINDS = ("right", "easy", "hard", "junk")
 

@@ -86,11 +86,15 @@ def test_a_folder_holds_the_model(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("batches", ["pk", "window", "nearest"])
-def test_a_run_that_was_cut_off_goes_on_alike(tmp_path, monkeypatch, batches):
+@pytest.mark.parametrize(
+    ("batches", "prototypes"),
+    [("pk", "classifier"), ("window", "classifier"), ("nearest", "features")],
+)
+def test_a_run_that_was_cut_off_goes_on_alike(tmp_path, monkeypatch, batches, prototypes):
     """Stopped within an epoch, whose order hard batches could not list again."""
     recipe = dataclasses.replace(SHORT, batches=batches, epochs=3, save_every=4)
-    whole = train.train(data(), PLAIN, recipe, tmp_path / "whole", **QUIET)
+    settings = dataclasses.replace(PLAIN, prototypes=prototypes)
+    whole = train.train(data(), settings, recipe, tmp_path / "whole", **QUIET)
 
     def stop(self, step):
         return step == 9
@@ -98,35 +102,42 @@ def test_a_run_that_was_cut_off_goes_on_alike(tmp_path, monkeypatch, batches):
     with monkeypatch.context() as patch:
         patch.setattr("m2jax.dist.preemption.Preemption.reached", stop)
         with pytest.raises(UserError, match="told to end at step 9: start again"):
-            train.train(data(), PLAIN, recipe, tmp_path / "cut", **QUIET)
+            train.train(data(), settings, recipe, tmp_path / "cut", **QUIET)
     assert not (tmp_path / "cut" / embedder.INSIDE).exists()
-    same(whole, train.train(data(), PLAIN, recipe, tmp_path / "cut", **QUIET))
+    same(whole, train.train(data(), settings, recipe, tmp_path / "cut", **QUIET))
     other = dataclasses.replace(recipe, p=2)
     with pytest.raises(UserError, match="recipe is"):
-        train.train(data(), PLAIN, other, tmp_path / "cut", **QUIET)
+        train.train(data(), settings, other, tmp_path / "cut", **QUIET)
 
 
-def orders(batches, monkeypatch, tmp_path, count=3):
-    """Batches of some epochs, and the classifiers that they were listed with."""
+def orders(batches, prototypes, monkeypatch, tmp_path, count=3):
+    """Batches of some epochs, and the classifiers or means that they were listed with."""
     listed, seen = [], []
     real = train.Identities.__call__
 
     def call(self, epoch, params):
         found = real(self, epoch, params)
         listed.append(np.array([data().train.labels.identities[rows] for rows in found]))
-        seen.append(np.asarray(params["heads"]["kernel"][0].T))
+        by_features = prototypes == "features"
+        kernel = params["heads"]["kernel"][0].T
+        seen.append(np.asarray(params["prototypes"]["mean"] if by_features else kernel))
         return found
 
     monkeypatch.setattr(train.Identities, "__call__", call)
     recipe = dataclasses.replace(SHORT, batches=batches, epochs=count)
-    train.train(data(), PLAIN, recipe, tmp_path / batches, **QUIET)
+    settings = dataclasses.replace(PLAIN, prototypes=prototypes)
+    made = train.train(data(), settings, recipe, tmp_path / batches, **QUIET)
+    assert set(made.params) == {"tower"}
     return listed, seen
 
 
-@pytest.mark.parametrize("batches", ["window", "nearest"])
-def test_hard_batches_follow_the_classifier_of_the_epoch(tmp_path, monkeypatch, batches):
+@pytest.mark.parametrize(
+    ("batches", "prototypes"),
+    [("window", "classifier"), ("nearest", "classifier"), ("nearest", "features")],
+)
+def test_hard_batches_follow_what_was_trained(tmp_path, monkeypatch, batches, prototypes):
     """Each batch is an anchor and those most alike to it by the weights as they were then."""
-    listed, seen = orders(batches, monkeypatch, tmp_path)
+    listed, seen = orders(batches, prototypes, monkeypatch, tmp_path)
     for order, weights in list(zip(listed, seen, strict=True))[1:]:
         unit = weights / np.linalg.norm(weights, axis=1, keepdims=True)
         cosines = unit @ unit.T
@@ -134,6 +145,36 @@ def test_hard_batches_follow_the_classifier_of_the_epoch(tmp_path, monkeypatch, 
         nearest = np.argsort(-cosines[first[0]], kind="stable")[:3]
         assert first.tolist() == nearest.tolist()
     assert all((np.bincount(order[0]) % 2 == 0).all() for order in listed)
+
+
+def test_means_are_those_of_the_features(tmp_path, monkeypatch):
+    """At a rate of nothing the tower stays, and each identity's mean is that of its images."""
+    recipe = dataclasses.replace(SHORT, batches="nearest", epochs=2, learning_rate=1e-12)
+    settings = dataclasses.replace(PLAIN, prototypes="features", pad=0)
+    seen = []
+    real = train.Identities.__call__
+
+    def call(self, epoch, params):
+        seen.append(np.asarray(params["prototypes"]["mean"]))
+        return real(self, epoch, params)
+
+    monkeypatch.setattr(train.Identities, "__call__", call)
+    made = train.train(data(), settings, recipe, tmp_path / "run", **QUIET)
+    assert not seen[0].any()
+    split = data().train
+    images = [split.images.read(row) for row in range(len(split.images))]
+    tower = params_lib.bind(embedder._graph(made.tower), made.params["tower"])
+    tokens = np.asarray(tower(made.pixels.standardised(jnp.asarray(made.preprocess(images))))[:, 0])
+    # Four images each, two of them a batch: the first two's mean, moved by the second two's.
+    for identity, row in enumerate(seen[1]):
+        own = tokens[split.labels.identities == identity]
+        pairs = [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
+        means = [0.9 * own[[*p]].mean(0) + 0.1 * np.delete(own, p, 0).mean(0) for p in pairs]
+        assert min(np.abs(row - mean).max() for mean in means) < 1e-5
+    with pytest.raises(UserError, match="random batches look at none: take batches window or"):
+        train.train(
+            data(), settings, dataclasses.replace(recipe, batches="pk"), tmp_path / "x", **QUIET
+        )
 
 
 def test_what_prepares_ahead_takes_nothing_twice():

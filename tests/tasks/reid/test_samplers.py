@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from m2jax.config import UserError
 from m2jax.tasks.reid import samplers
-from m2jax.tasks.reid.prototypes import Prototypes
+from m2jax.tasks.reid.prototypes import Prototypes, moved
 from tests.losses.reductions import mesh_of
 
 
@@ -84,7 +84,7 @@ def test_samplers_that_cannot_be(labels, p, k, message):
 def test_prototypes(mesh_name):
     """Cosines of a refreshed classifier, on one device and spread over eight."""
     mesh = None if mesh_name is None else mesh_of(mesh_name)
-    held = Prototypes(13, 4, jax.random.key(0), mesh=mesh, momentum=0.5)
+    held = Prototypes(13, 4, jax.random.key(0), mesh=mesh)
     assert held.similarities(3).argmax() == 3
     weights = np.random.default_rng(0).normal(size=(13, 4)).astype(np.float32)
     placed = jnp.asarray(weights)
@@ -92,11 +92,14 @@ def test_prototypes(mesh_name):
     placed.delete()  # as a trainer that donates its parameters does
     unit = weights / np.linalg.norm(weights, axis=1, keepdims=True)
     np.testing.assert_allclose(held.similarities(5), unit @ unit[5], atol=1e-6)
-    features = np.ones((4, 4), np.float32)
-    held.update(features, np.array([2, 2, 2, 7]))
-    moved = weights.copy()
-    moved[[2, 7]] = 0.5 * weights[[2, 7]] + 0.5
-    unit = moved / np.linalg.norm(moved, axis=1, keepdims=True)
-    np.testing.assert_allclose(held.similarities(2), unit @ unit[2], atol=1e-6)
     with pytest.raises(UserError, match="give one row per identity"):
         held.refresh(jnp.zeros((12, 4)))
+
+
+def test_running_means_take_the_first_batch_whole():
+    rows = jnp.asarray([[1.0, 1], [2, 2], [0, 0], [0, 0]])
+    features = jnp.asarray([[3.0, 5], [5, 3], [7, 9], [6, 6]])
+    found = moved(rows, features, jnp.asarray([1, 1, 2, 1]), momentum=0.75)
+    mean = np.mean([[3, 5], [5, 3], [6, 6]], axis=0)
+    expected = [[1, 1], 0.75 * np.array([2, 2]) + 0.25 * mean, [7, 9], [0, 0]]
+    np.testing.assert_allclose(found, expected, rtol=1e-6)

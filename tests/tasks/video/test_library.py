@@ -2,14 +2,13 @@
 """Index, search and page: planted copies are found; runs go on; other models are refused."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
 
 from m2jax.cli.main import main
 from m2jax.config import UserError
-from m2jax.tasks.video import align, decode, features, library, page, search, vectors
+from m2jax.tasks.video import align, decode, features, library, page, search
 from tests.tasks.video import clips
 
 # milvus-lite's server leaves sockets and threads to the garbage collector.
@@ -304,12 +303,6 @@ def test_words_are_checked_before_work(model, indexed, tmp_path, capsys):
     ):
         assert main([*words, *extra]) == 2
         assert message in capsys.readouterr().err
-
-
-def test_a_missing_library_is_one_line(monkeypatch):
-    monkeypatch.setitem(sys.modules, "pymilvus", None)
-    with pytest.raises(UserError, match=r'needs Milvus: pip install "m2jax\[video\]"'):
-        vectors.Vectors("x.db")
 
 
 def test_the_page_says_where_its_frames_end(tmp_path, monkeypatch):
