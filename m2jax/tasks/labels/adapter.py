@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
 import jax
@@ -167,7 +167,8 @@ def train(
     length = jnp.float32(np.linalg.norm(features, axis=1).mean())
     data = jnp.asarray(features, jnp.float32), jnp.asarray(padded), length
     known = None if prompts is None else jnp.asarray(prompts, jnp.float32)
-    params, losses = _train(*data, known, classes, settings)
+    rng = jax.random.key(settings.seed)
+    params, losses = _train(rng, *data, known, classes, replace(settings, seed=0))
     found = np.asarray(losses)
     if not np.isfinite(found).all():
         raise UserError(
@@ -203,6 +204,7 @@ LOSSES = {
 
 @functools.partial(jax.jit, static_argnames=("classes", "settings"))
 def _train(
+    rng: Array,
     features: Array,
     padded: Array,
     length: Array,
@@ -213,7 +215,7 @@ def _train(
     count = len(features)
     size = min(settings.batch, count)
     steps = -(-count // size)
-    start, order_rng, noise_rng = jax.random.split(jax.random.key(settings.seed), 3)
+    start, order_rng, noise_rng = jax.random.split(rng, 3)
     epochs = max(settings.epochs, -(-settings.least_steps // steps))
     optimiser = _optimiser(settings, epochs * steps)
     params = initialise(start, features.shape[1], classes, settings)
