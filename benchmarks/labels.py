@@ -69,6 +69,11 @@ SWEEP |= {
 SWEEP |= {
     f"residual, sigma {s}": replace(CHOSEN, kind="residual", sigma=s) for s in (0.0, 0.04, 0.126)
 }
+SWEEP |= {
+    f"rate {rate}, sigma {sigma}": replace(CHOSEN, learning_rate=rate, sigma=sigma)
+    for rate in (4e-3, 1.6e-2)
+    for sigma in (0.0, 0.126)
+}
 SPLITS = {"test": TEST, "validation": BASELINES | SWEEP}
 STYLES = ("fluent", "openmoji")
 PER_LABEL = 40  # sentences
@@ -176,7 +181,7 @@ class Bench:
         elif isinstance(settings, prompt_tuning.Recipe):
             found, figures = self.taidpt(replace(settings, seed=seed), seed)
         else:
-            found, figures = self.adapter(row, replace(settings, seed=seed), seed)
+            found, figures = self.adapter(row, replace(settings, seed=seed))
         shown, seen = self.shown(), slice(0, self.args.seen)
         figures["seen"] = mean_ap(found[:, seen], shown[:, seen])
         best = multilabel.f1(multilabel.top_k(found[:, seen], 3), shown[:, seen])
@@ -193,27 +198,35 @@ class Bench:
         rng = np.random.default_rng(seed)
         return counts + 1e-3 * rng.random((len(self.shown()), len(counts)))
 
-    def adapter(self, row, settings, seed):
+    def fitted(self, settings):
+        """An adapter and its times."""
+
+        def make():
+            texts, encoding = self.texts(settings.seed, settings.normalize == "none")
+            known = self.prompts()[: self.args.seen]
+            begin = time.process_time()
+            saved = train.fitted(
+                texts, self.known, known, settings, {}, languages=("en", "zh"), model=""
+            )
+            computed = time.process_time() - begin  # of all threads: what idle cores would take
+            times = {"train s": saved.report["train_s"], "train CPU s": computed}
+            return saved, times | {"encode s": encoding}
+
+        return self.once(settings, make)
+
+    def adapter(self, row, settings):
         """Scores of an adapter and what its thresholds find."""
-        length = settings.normalize == "none"
-        texts, encoding = self.texts(seed, length)
-        known = self.prompts()[: self.args.seen]
-        begin = time.process_time()
-        saved = train.fitted(
-            texts, self.known, known, settings, {}, languages=("en", "zh"), model=""
-        )
-        computed = time.process_time() - begin  # of all threads: what it takes on idle cores
-        limits, report = saved.thresholds, saved.report
+        saved, times = self.fitted(settings)
+        limits, rows = saved.thresholds, self.images(settings.normalize == "none")
         if settings.kind == "residual":
             saved = replace(saved, prompts=self.prompts())
-        times = {"train s": report["train_s"], "train CPU s": computed, "encode s": encoding}
         if row.endswith("+ zero-shot"):
-            return predict.scores(saved, self.images(length), "both"), times
-        found = predict.scores(saved, self.images(length))
+            return predict.scores(saved, rows, "both"), times
+        found = predict.scores(saved, rows)
         above = found[:, : self.args.seen] > limits
         crossed = multilabel.f1(above, self.shown()[:, : self.args.seen])
         exact = {"of1": 100 * crossed.of1, "cf1": 100 * crossed.cf1}
-        return found, times | exact | {"text mAP": 100 * report["text_map"]}
+        return found, times | exact | {"text mAP": 100 * saved.report["text_map"]}
 
     def taidpt(self, recipe, seed):
         """Learned contexts; held-out labels take the same ones, by their names."""

@@ -48,7 +48,9 @@ def _add_train(actions: Any) -> None:
     )
     parser.add_argument("--normalize", default="", help="none or l2 (default: as the model allows)")
     parser.add_argument("--noise", default="gaussian", help="gaussian (default), uniform, sphere")
-    parser.add_argument("--sigma", type=float, default=0.04, help="size of the noise (%(default)s)")
+    parser.add_argument(
+        "--sigma", type=float, default=0.126, help="size of the noise (%(default)s)"
+    )
     parser.add_argument("--loss", default="ranking", help="ranking (default), asymmetric, bce")
     parser.add_argument(
         "--epochs", type=int, default=20, help="at least, and 600 steps (%(default)s)"

@@ -333,3 +333,14 @@ def test_the_slow_encoder_gives_the_keys_gets_no_gradient_and_follows(tail):
         found = model.followed(slow, params, progress)
         want = jax.tree.map(lambda a, b, m=share: (1 - m) * a + m * b, slow, params)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, want)
+
+
+def test_every_step_moves_the_slow_encoder(tail, monkeypatch):
+    moved = []
+    real = model.followed
+    monkeypatch.setattr(model, "followed", lambda *given: moved.append(given[2]) or real(*given))
+    rows = np.stack([tail[1].features] * 2, axis=1)
+    for by, traced in (("simclr", 0), ("moco", 1)):
+        settings = Settings(side="none", epochs=2, batch=128, contrast=0.5, contrast_by=by)
+        model.train(tail[0], 12, settings, model.Pairs(rows, tail[1].side))
+        assert len(moved) == traced
