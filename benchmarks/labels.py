@@ -119,7 +119,9 @@ class Bench:
 
     def arrays(self, name, make):
         """As ``once``, over runs."""
-        config = [name, self.made, tree(*CODE)]
+        # Scenes are of a split, texts of none.
+        made = {k: v for k, v in self.made.items() if name == "images" or k != "split"}
+        config = [name, made, tree(*CODE)]
         return self.once(name, lambda: row_table.arrays(self.args.out, config, make))
 
     def scenes(self):

@@ -39,11 +39,24 @@ ADJUSTED = replace(SIDE, loss="adjusted")
 MIRROR = Views(mirror=True)
 VIEWS = replace(ONE, views=views.FULL)
 FILTER = replace(VIEWS, place_filter=True)
+PLACED = replace(ONE, place_filter=True)
 TRIVIAL = ("majority class", "place alone", "nearest centroid", "nearest centroid of the place")
 # Of each row: the classifier, what follows it, and whether seeds are one ensemble.
 ROWS = {
     **dict.fromkeys(TRIVIAL),
     "image alone": (PLAIN, ONE, False),
+    # What a place does without any fusion: these train in a minute.
+    "image alone, filter by place": (PLAIN, PLACED, False),
+    "the same, adjusted logits": (replace(PLAIN, loss="adjusted"), PLACED, False),
+    "the same, post hoc, tau 0.7": (PLAIN, replace(PLACED, tau=0.7), False),
+    # The contrast brings a residual block; at this weight it is that block and no contrast.
+    "the same, a block alone": (
+        replace(PLAIN, contrast=1e-9, contrast_by="moco"),
+        PLACED,
+        False,
+    ),
+    "the same, SimCLR": (replace(PLAIN, contrast=0.1), PLACED, False),
+    "the same, MoCo-v3": (replace(PLAIN, contrast=0.1, contrast_by="moco"), PLACED, False),
     "+ metadata, dynamic MLP": (SIDE, ONE, False),
     "or: as a token": (replace(SIDE, side="token"), ONE, False),
     "or: without dropping it": (replace(SIDE, drop_side=False), ONE, False),
