@@ -1,26 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """The snake recipe part by part on emoji subgroups, several seeds per row.
 
-    python benchmarks/longtail.py --model runs/demo --out runs/longtail [--rows ...]
-                                  [--seeds 0 1 2] [--dry-run]
+    python benchmarks/longtail.py --model runs/demo --out runs/longtail --split validation
+    python benchmarks/longtail.py --model runs/demo --out runs/longtail
+                                  [--rows ...] [--seeds 0 1 2] [--dry-run]
 
-Trained on the training styles' drawings, scored on fluent and openmoji, which neither the backbone
-nor the classifier saw. Each row adds a part to the one before it, or puts another in its place
-("or"). Macro-F1 over observations in per cent: of the classes there are, and of those with 100
-images of training and more (head), fewer than 20 (tail), and between.
+Trained on the training styles' drawings; the test is on fluent and openmoji, which neither the
+backbone nor the classifier saw. Validation is on a fifth of the training concepts, which the
+classifier does not see there (the backbone does); settings are chosen on it. Each row adds a part
+to the one before it, or puts another in its place ("or"). Macro-F1 over observations in per cent:
+of the classes there are, and of those with 100 images of training and more (head), fewer than 20
+(tail), and between. Three rows train nothing: the majority class, the majority class of the place,
+and the nearest centroid of the same features, plain and within the place.
 
 A finished row leaves a file named by the code of m2jax/ and the config, and is not made again.
 """
 
-import argparse
-import hashlib
-import json
-import statistics
-import time
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import numpy as np
+import row_table
 from code_tree import tree
 
 from m2jax import bundle
@@ -29,17 +28,35 @@ from m2jax.tasks.labels import features
 from m2jax.tasks.longtail import drawings, postprocess, recipe, table, views
 from m2jax.tasks.longtail.model import Pairs, Settings
 from m2jax.tasks.longtail.recipe import Steps
+from m2jax.tasks.longtail.saved import Saved
 from m2jax.tasks.longtail.views import Views
 
 ONE = Steps(Views(), 0.0, False, "best")
-PLAIN = Settings(side="none", loss="plain")
+EPOCHS = 20  # of the classifiers here, in place of 60: what the time of a shared machine allows
+PLAIN = Settings(side="none", loss="plain", epochs=EPOCHS)
 SIDE = replace(PLAIN, side="dynamic")
 ADJUSTED = replace(SIDE, loss="adjusted")
+MIRROR = Views(mirror=True)
 VIEWS = replace(ONE, views=views.FULL)
 FILTER = replace(VIEWS, place_filter=True)
+PLACED = replace(ONE, place_filter=True)
+TRIVIAL = ("majority class", "place alone", "nearest centroid", "nearest centroid of the place")
 # Of each row: the classifier, what follows it, and whether seeds are one ensemble.
 ROWS = {
+    **dict.fromkeys(TRIVIAL),
     "image alone": (PLAIN, ONE, False),
+    # What a place does without any fusion: these train in a minute.
+    "image alone, filter by place": (PLAIN, PLACED, False),
+    "the same, adjusted logits": (replace(PLAIN, loss="adjusted"), PLACED, False),
+    "the same, post hoc, tau 0.7": (PLAIN, replace(PLACED, tau=0.7), False),
+    # The contrast brings a residual block; at this weight it is that block and no contrast.
+    "the same, a block alone": (
+        replace(PLAIN, contrast=1e-9, contrast_by="moco"),
+        PLACED,
+        False,
+    ),
+    "the same, SimCLR": (replace(PLAIN, contrast=0.1), PLACED, False),
+    "the same, MoCo-v3": (replace(PLAIN, contrast=0.1, contrast_by="moco"), PLACED, False),
     "+ metadata, dynamic MLP": (SIDE, ONE, False),
     "or: as a token": (replace(SIDE, side="token"), ONE, False),
     "or: without dropping it": (replace(SIDE, drop_side=False), ONE, False),
@@ -50,117 +67,156 @@ ROWS = {
     "or: seesaw": (replace(SIDE, loss="seesaw"), ONE, False),
     "or: re-sampling": (replace(SIDE, oversample=True), ONE, False),
     "+ hardest 70 %": (replace(ADJUSTED, keep=0.7), ONE, False),
-    "or: two views' contrast": (replace(ADJUSTED, contrast=0.001), ONE, False),
+    "or: SimCLR": (replace(ADJUSTED, contrast=0.001), ONE, False),
+    "or: MoCo-v3": (replace(ADJUSTED, contrast=0.001, contrast_by="moco"), ONE, False),
     "+ views (without the hardest)": (ADJUSTED, VIEWS, False),
     "+ filter by place": (ADJUSTED, FILTER, False),
     "or: merging by vote": (ADJUSTED, replace(FILTER, merge="vote"), False),
     "or: merging by mean": (ADJUSTED, replace(FILTER, merge="mean"), False),
     "+ ensemble of three": (ADJUSTED, FILTER, True),
 }
+SWEEP = {
+    "adjusted, tau 0.4": (replace(ADJUSTED, tau=0.4), ONE, False),
+    "post hoc, tau 0.4": (SIDE, replace(ONE, tau=0.4), False),
+    "post hoc, tau 1": (SIDE, replace(ONE, tau=1.0), False),
+    **{
+        f"{by}, weight {weight}": (
+            replace(ADJUSTED, contrast=weight, contrast_by=by), ONE, False
+        )
+        for by in ("simclr", "moco")
+        for weight in (0.01, 0.1)
+    },
+}  # fmt: skip
+SPLITS = {"test": ROWS, "validation": ROWS | SWEEP}
+HELD = 0.2  # of the training concepts, for validation
 COLUMNS = ("macro_f1", "macro_f1_head", "macro_f1_medium", "macro_f1_tail", "accuracy", "train_s")
+CODE = (
+    "m2jax/models", "m2jax/data", "m2jax/eval/features.py", "m2jax/tasks/labels/features.py",
+    "m2jax/tasks/longtail/drawings.py", "m2jax/tasks/longtail/views.py",
+)  # fmt: skip
 
 
 class Bench:
     """Backbone and drawings; features are made once, when a row needs them."""
 
     def __init__(self, args):
-        self.args, self.tree = args, tree()
+        self.args, self.rows = args, SPLITS[args.split]
         self.model = bundle.load(args.model)
         data = emoji.load()
-        self.train = drawings.part(data, "train")
-        self.test = drawings.part(data, "fluent", "openmoji")
-        known = {row.label for row in self.train.rows}
-        kept = [n for n, row in enumerate(self.test.rows) if row.label in known]
-        images = self.test.images
-        self.test = drawings.Part(
-            type(images)(len(kept), lambda n: images.read(kept[n])),
-            [self.test.rows[n] for n in kept],
-        )
-        self.codes = table.codes(self.train.rows)
+        train = drawings.part(data, "train")
+        test = drawings.part(data, "fluent", "openmoji")
+        test = drawings.with_classes(test, {row.label for row in train.rows})
+        self.whole = {"training": train, "test": test}
+        scored = test
+        if args.split == "validation":
+            train, scored = drawings.without_observations(train, HELD)
+        self.parts = {"train": train, "scored": scored}
+        self.codes = table.codes(train.rows)
+        self.made = [features.fingerprint(self.model), args.split, HELD]
         self.cache = {}
 
+    def once(self, name, make):
+        """A value that several rows share."""
+        if name not in self.cache:
+            self.cache[name] = make()
+        return self.cache[name]
+
     def features(self, part, kinds):
-        """Of a part, in some views."""
-        key = id(part), kinds
-        if key not in self.cache:
-            self.cache[key] = views.view_features(
-                self.model, part.images, kinds, length=True, batch=64
-            )
-        return self.cache[key]
+        """Of a part, in some views; the plain and the mirrored are made for all parts at once."""
+        rows = self.parts[part].rows
+        name = "test" if part == "scored" and self.args.split == "test" else "training"
+        if kinds.scales:
+            name, made = f"{self.args.split} {part}", self.parts[part]
+        else:
+            made = self.whole[name]
+
+        def make():
+            whole = kinds if kinds.scales else MIRROR
+            images = made.images
+            found = views.view_features(self.model, images, whole, length=True, batch=256)
+            return {"rows": found}
+
+        config = [name, asdict(kinds) if kinds.scales else "mirror", self.made[0], tree(*CODE)]
+        found = self.once(str(config), lambda: row_table.arrays(self.args.out, config, make))
+        place = {row.file: n for n, row in enumerate(made.rows)}
+        return found["rows"][[place[row.file] for row in rows], : kinds.count]
 
     def classifier(self, settings):
         """Trained once."""
-        if settings not in self.cache:
-            seen = self.features(self.train, Views(mirror=True))
-            begin = time.monotonic()
+
+        def make():
+            seen = self.features("train", MIRROR)
             pairs = self.pairs() if settings.contrast else None
-            made = recipe.fitted(seen, self.codes, self.train.rows, settings, model="", pairs=pairs)
-            self.cache[settings] = made, time.monotonic() - begin
-        return self.cache[settings]
+            rows = self.parts["train"].rows
+            return recipe.fitted(seen, self.codes, rows, settings, model="", pairs=pairs)
+
+        return self.once(settings, make)
 
     def pairs(self):
-        """Two views of each image, those of the test too but without their classes, as there."""
-        parts = [self.features(part, Views(mirror=True)) for part in (self.train, self.test)]
-        side = self.codes.side([*self.train.rows, *self.test.rows])
-        return Pairs(np.concatenate(parts), side)
+        """Two views of each image, those scored later too but without their classes, as there."""
+        seen = [self.features(part, MIRROR) for part in self.parts]
+        rows = [row for part in self.parts.values() for row in part.rows]
+        return Pairs(np.concatenate(seen), self.codes.side(rows))
+
+    def trivial(self, row):
+        """Scores of what trains nothing, and the steps after it."""
+        labels = self.codes.labels(self.parts["train"].rows)
+        classes = len(self.codes.classes)
+        counts = np.bincount(labels, minlength=classes)
+        scores = np.tile(counts / counts.sum(), (len(self.parts["scored"].rows), 1))
+        if row.startswith("nearest centroid"):
+            train, scored = (unit(self.features(p, Views())[:, 0]) for p in self.parts)
+            centroids = np.stack([train[labels == n].mean(axis=0) for n in range(classes)])
+            scores = (1 + scored @ unit(centroids).T) / 2  # cosines, above 0 for the filter
+        return scores, replace(ONE, place_filter="place" in row)
+
+    def untrained(self):
+        """What the figures need of a classifier that is none."""
+        rows = self.parts["train"].rows
+        labels, total = self.codes.labels(rows), len(self.codes.classes)
+        places = self.codes.places(rows)
+        allowed = postprocess.places_of(places, labels, len(self.codes.values["code"]), total)
+        counts = np.bincount(labels, minlength=total)
+        return Saved(self.codes, PLAIN, {}, counts, allowed, "")
 
     def make(self, row, seed):
         """The figures of a row."""
-        settings, steps, together = ROWS[row]
-        seeds = [3 * seed + n for n in range(3)] if together else [seed]
-        made = [self.classifier(replace(settings, seed=each)) for each in seeds]
-        seen = self.features(self.test, steps.views)
-        scores = [recipe.scored(saved, seen, self.test.rows, steps) for saved, _ in made]
-        first = made[0][0]
-        result = recipe.finished(first, postprocess.ensembled(scores), self.test.rows, steps)
-        figures = recipe.figures(first, result, self.test.rows)
-        percent = {name: 100 * value for name, value in figures.items()}
-        return percent | {"train_s": sum(took for _, took in made)}
+        rows, made = self.parts["scored"].rows, []
+        if row in TRIVIAL:
+            first = self.untrained()
+            scores, steps = self.trivial(row)
+        else:
+            settings, steps, together = self.rows[row]
+            seeds = [3 * seed + n for n in range(3)] if together else [seed]
+            made = [self.classifier(replace(settings, seed=each)) for each in seeds]
+            seen, first = self.features("scored", steps.views), made[0]
+            scores = postprocess.ensembled([recipe.scored(m, seen, rows, steps) for m in made])
+        found = recipe.figures(first, recipe.finished(first, scores, rows, steps), rows)
+        percent = {name: 100 * value for name, value in found.items()}
+        return percent | ({"train_s": sum(m.report["train_s"] for m in made)} if made else {})
 
     def figures(self, row, seed):
         """The row's figures; made if they are not there."""
-        settings, steps, together = ROWS[row]
-        made = [row, seed, asdict(settings), asdict(steps), together]
-        made.append(features.fingerprint(self.model))
-        code = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:10]
-        file = self.args.out / f"{self.tree}-{code}-{seed}.json"
-        if file.exists():
-            return json.loads(file.read_text())
-        if self.args.dry_run:
-            return None
-        found = {"row": row, **self.make(row, seed)}
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(found, indent=1) + "\n")
-        temporary.rename(file)
-        return found
+        settings = [] if row in TRIVIAL else [asdict(each) for each in self.rows[row][:2]]
+        return row_table.figures(
+            self.args.out,
+            [row, seed, settings, self.made],
+            lambda: self.make(row, seed),
+            dry=self.args.dry_run,
+        )
+
+
+def unit(x):
+    """Rows of unit length."""
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
 def main():
-    """Makes what is missing, seed by seed, so that a cut table still compares all rows."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Makes what is missing and prints the table."""
+    parser = row_table.arguments(__doc__, SPLITS)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--dry-run", action="store_true", help="only show what is there")
-    args = parser.parse_args()
-    bench = Bench(args)
-    found = {row: [] for row in args.rows}
-    for seed in args.seeds:
-        for row in args.rows:
-            figures = bench.figures(row, seed)
-            if figures is not None:
-                found[row].append(figures)
-                print(row, seed, {k: round(figures.get(k, 0), 2) for k in COLUMNS}, flush=True)
-    print(f"| row | seeds | {' | '.join(COLUMNS)} |\n|{'---|' * (len(COLUMNS) + 2)}")
-    for row, there in found.items():
-        cells = []
-        for name in COLUMNS:
-            values = [each[name] for each in there if name in each]
-            spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.fmean(values):.2f}{spread}" if values else "")
-        print(f"| {row} | {len(there)} | {' | '.join(cells)} |")
+    args = row_table.parsed(parser, SPLITS)
+    row_table.walk(args, Bench(args).figures, COLUMNS)
 
 
 if __name__ == "__main__":

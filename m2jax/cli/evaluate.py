@@ -135,15 +135,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _request(args: argparse.Namespace, languages: tuple[str, ...]) -> Any:
     """What the suites over data sets are told; ``None`` for the others."""
-    from m2jax.config import UserError
     from m2jax.eval import suites
     from m2jax.eval.sets import names
     from m2jax.eval.sets.records import Place
 
     if args.suite not in suites.SUITES or not args.data:
         return None
-    if not re.fullmatch(r"[^/\s]*", args.name):
-        raise UserError(f"--name {args.name}: goes into names of figures: leave out / and spaces")
     data = _here(args.data, "--data")
     place = Place(
         data,
@@ -154,7 +151,7 @@ def _request(args: argparse.Namespace, languages: tuple[str, ...]) -> Any:
         asked=bool(args.split),
     )
     return suites.Request(
-        args.name or _name(data) or args.suite,
+        dataset_name(args.name, data) or args.suite,
         place,
         train_split=args.train_split,
         train_data=_here(args.train_data, "--train-data") if args.train_data else None,
@@ -184,11 +181,19 @@ def _here(words: str, flag: str) -> Path:
     return Path(f"{prefix}{found[0]}")
 
 
-def _name(data: Path) -> str:
-    """A data set's name in those of figures: the last part of its path, v1.5 whole."""
+def dataset_name(given: str, data: Path) -> str:
+    """A data set's name in those of figures: as given, or the last part of its path, v1.5 whole.
+
+    Raises:
+        UserError: what was given has a slash or a space in it.
+    """
+    from m2jax.config import UserError
+
+    if not re.fullmatch(r"[^/\s]*", given):
+        raise UserError(f"--name {given}: goes into names of figures: leave out / and spaces")
     name = data.name.rpartition(":")[2]
     name = name.removesuffix(".jsonl").removesuffix(".tar")
-    return re.sub(r"[^\w.-]+", "-", name).strip("-")
+    return given or re.sub(r"[^\w.-]+", "-", name).strip("-")
 
 
 def _recipe(args: argparse.Namespace) -> Any:

@@ -13,13 +13,14 @@ from m2jax.cli import files
 
 
 def add_parser(subparsers: Any) -> None:
-    """Declares the verb and its two actions."""
+    """Declares the verb and its actions."""
     parser = subparsers.add_parser(
         "labels", help="find named labels in images, trained from text alone", allow_abbrev=False
     )
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     _add_train(actions)
     _add_predict(actions)
+    _add_eval(actions)
 
 
 def _add_train(actions: Any) -> None:
@@ -47,7 +48,9 @@ def _add_train(actions: Any) -> None:
     )
     parser.add_argument("--normalize", default="", help="none or l2 (default: as the model allows)")
     parser.add_argument("--noise", default="gaussian", help="gaussian (default), uniform, sphere")
-    parser.add_argument("--sigma", type=float, default=0.04, help="size of the noise (%(default)s)")
+    parser.add_argument(
+        "--sigma", type=float, default=0.126, help="size of the noise (%(default)s)"
+    )
     parser.add_argument("--loss", default="ranking", help="ranking (default), asymmetric, bce")
     parser.add_argument(
         "--epochs", type=int, default=20, help="at least, and 600 steps (%(default)s)"
@@ -81,6 +84,35 @@ def _add_predict(actions: Any) -> None:
     parser.add_argument("--batch-size", type=int, default=64, help="(default: %(default)s)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.set_defaults(run=predict)
+
+
+def _add_eval(actions: Any) -> None:
+    parser = actions.add_parser(
+        "eval",
+        help="score an adapter on VOC 2007, COCO, NUS-WIDE, or other images with labels",
+        description="mAP, CF1 and OF1 of an adapter (thresholds from text, and the three best), "
+        "zero-shot and chance beside them. Classes are found among the adapter's labels by name.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", required=True, help="the model the adapter was trained on")
+    parser.add_argument("--adapter", required=True, type=Path, metavar="DIR")
+    parser.add_argument(
+        "--data",
+        required=True,
+        metavar="READER:PATH",
+        help="voc2007:DIR, coco-objects:DIR, nus-wide:DIR, or what `m2jax eval` reads",
+    )
+    parser.add_argument("--split", default="", help="(default: test; COCO's is val2014)")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="where paths of images start")
+    parser.add_argument(
+        "--classes", type=Path, metavar="FILE", help="names of classes: lines, or JSON by language"
+    )
+    parser.add_argument("--name", default="", help="of the data set in the names of figures")
+    parser.add_argument("--by", default="adapter", help="adapter (default), or both: + zero-shot")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
+    parser.add_argument("--batch-size", type=int, default=64, help="(default: %(default)s)")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.set_defaults(run=evaluate)
 
 
 def train(args: argparse.Namespace) -> int:
@@ -165,6 +197,45 @@ def predict(args: argparse.Namespace) -> int:
         text = predict_lib.as_page([str(path) for path in paths], pictures, found)
         files.write(args.html, lambda file: file.write(text.encode()))
     print(f"{args.out}: {len(rows)} images, {sum(len(r['labels']) for r in rows)} labels")
+    return 0
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """Scores an adapter, prints the table, writes the figures."""
+    from m2jax import bundle
+    from m2jax.cli.evaluate import dataset_name
+    from m2jax.config import UserError
+    from m2jax.dist.host import load_devices
+    from m2jax.eval import sets, tables
+    from m2jax.eval.sets import names
+    from m2jax.eval.sets.records import Place
+    from m2jax.tasks.labels import evaluate as evaluate_lib
+    from m2jax.tasks.labels import saved
+
+    if args.json:
+        files.check_parent(args.json, "--json")
+    if args.batch_size < 1:
+        raise UserError(f"--batch-size {args.batch_size}: must be at least 1")
+    if args.by not in ("adapter", "both"):
+        raise UserError(f"--by {args.by}: use adapter or both")
+    adapter = saved.read(args.adapter)
+    given = names.read_classes(args.classes) if args.classes else None
+    path, split = Path(args.data), args.split or "test"
+    data = sets.read(Place(path, split, images=args.images, names=given, asked=bool(args.split)))
+    load_devices()
+    found = evaluate_lib.score(
+        bundle.load(args.model),
+        adapter,
+        data,
+        name=dataset_name(args.name, path),
+        by=args.by,
+        batch=args.batch_size,
+        show=True,
+    )
+    print(tables.table(found))
+    if args.json:
+        text = json.dumps(found, indent=1, sort_keys=True) + "\n"
+        files.write(args.json, lambda file: file.write(text.encode()))
     return 0
 
 

@@ -37,6 +37,9 @@ def add_parser(subparsers: Any) -> None:
         "--contrast", type=float, default=0.0, help="weight of two views' contrast (0.001 there)"
     )
     train.add_argument(
+        "--contrast-by", default="simclr", help="simclr (default), moco: with a momentum encoder"
+    )
+    train.add_argument(
         "--unlabelled", type=Path, metavar="FILE.csv", help="further images for --contrast"
     )
     train.add_argument("--epochs", type=int, default=60, help="(default: %(default)s)")
@@ -83,9 +86,11 @@ def run_train(args: argparse.Namespace) -> int:
 
     check_absent(args.out)
     _check_batch(args)
-    names = ("side", "loss", "tau", "keep", "oversample", "contrast", "epochs", "seed")
+    names = "side loss tau keep oversample contrast contrast_by epochs seed".split()
     made = {name: getattr(args, name) for name in names}
     Settings(**made)
+    if args.contrast_by != "simclr" and not args.contrast:
+        raise UserError(f"--contrast-by {args.contrast_by}: serves --contrast alone: set that too")
     rows = table.read(args.table, args.images, labelled=True)
     table.codes(rows)
     if args.unlabelled and not args.contrast:

@@ -205,6 +205,21 @@ def test_features_of_any_batch_are_those_of_all(batch):
     assert len(sizes) == 1  # one shape is compiled
 
 
+@pytest.mark.parametrize("batch", [1, 2, 3, 5])
+def test_a_picture_is_read_once_for_all_its_views(batch):
+    colours, reads = list(COLOURS)[:3] * 2, []
+    images = Made(6, lambda row: reads.append(row) or picture(colours[row]))
+    model = ColourModel()
+    other = picture(colours[0])
+    found = features.image_features(
+        model, images, batch=batch, views=lambda image: [image, other, image]
+    )
+    assert sorted(reads) == list(range(6))
+    plain = features.image_features(model, images, batch=batch)
+    shown = [plain, np.repeat(plain[:1], 6, axis=0), plain]
+    np.testing.assert_array_equal(found, np.stack(shown, axis=1).reshape(18, -1))
+
+
 def test_an_unreadable_picture_ends_in_its_name(folder):
     (folder / "test" / "red" / "0.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"0\.png: unreadable image"):

@@ -22,6 +22,7 @@ from m2jax.bundle import Bundle
 from m2jax.config import UserError
 from m2jax.eval import features as unit_features
 from m2jax.eval.emoji import Encoder, batched
+from m2jax.eval.features import Views
 from m2jax.eval.sets.records import Images
 from m2jax.models import params as params_lib
 from m2jax.models.params import Params
@@ -58,12 +59,17 @@ def texts(
 
 
 def images(
-    model: Encoder, pictures: Images, *, length: bool, batch: int = 64, show: bool = False
-) -> Float32[np.ndarray, "images dim"]:
-    """Features of images, as ``texts``; at most two batches of pixels are in memory."""
-    return unit_features.image_features(
-        _LongImages(_with_length(model)) if length else model, pictures, batch=batch, show=show
-    )
+    model: Encoder,
+    pictures: Images,
+    *,
+    length: bool,
+    batch: int = 64,
+    show: bool = False,
+    views: Views = lambda image: [image],
+) -> Float32[np.ndarray, "rows dim"]:
+    """Features of images, as ``texts``, and of ``views`` as ``eval.features.image_features``."""
+    encoder = _LongImages(_with_length(model)) if length else model
+    return unit_features.image_features(encoder, pictures, batch=batch, show=show, views=views)
 
 
 def fingerprint(model: Bundle) -> str:

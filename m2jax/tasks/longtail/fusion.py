@@ -49,6 +49,12 @@ def encode_side(params: Params, side: Float[Array, "batch side"]) -> Float[Array
     return x
 
 
+def encode_token(params: Params, side: Float[Array, "batch side"]) -> Float[Array, "batch dim"]:
+    """MetaFormer's metadata token: norm(relu(W side)), then ``residual_norm``."""
+    x = layer_norm(params["norm"], jax.nn.relu(linear(params["first"], side)))
+    return residual_norm(params["block"], x)
+
+
 def dynamic_layer(
     params: Params, image: Float[Array, "batch a"], side: Float[Array, "batch s"]
 ) -> Float[Array, "batch b"]:
@@ -134,6 +140,23 @@ def initialise_block(rng: Array, dim: int) -> Params:
         "norm2": {"scale": zeros, "bias": zeros},
     }
     return layers | norms
+
+
+def initialise_token(rng: Array, dim: int, side: int, hidden: int = 64) -> Params:
+    """First parameters of ``encode_token`` and of the map of a token onto the image features."""
+    keys = jax.random.split(rng, 3)
+    encoder = {
+        "first": {
+            "kernel": jax.random.normal(keys[0], (side, hidden)) * (2 / side) ** 0.5,
+            "bias": jnp.zeros(hidden),
+        },
+        "norm": {"scale": jnp.ones(hidden), "bias": jnp.zeros(hidden)},
+        "block": initialise_block(keys[1], hidden),
+    }
+    return {
+        "encoder": encoder,
+        "token": {"kernel": 0.01 * jax.random.normal(keys[2], (hidden, dim))},
+    }
 
 
 def drop_side(

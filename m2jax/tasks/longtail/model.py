@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
 import jax
@@ -25,6 +25,7 @@ from m2jax.tasks.longtail import fusion
 
 Params = dict[str, Any]
 PROJECTED = 64  # numbers that views are compared by
+MOMENTUM = 0.99  # of MoCo-v3's slow encoder at first; 1 at the end
 OVERSAMPLE = 0.1  # classes rarer than the one at which this share of all images is reached
 
 
@@ -45,6 +46,7 @@ class Settings:
     weight_decay: float = 1e-2
     smoothing: float = 0.1  # of labels
     contrast: float = 0.0  # weight of two views' contrast; the public code's is 0.001
+    contrast_by: Literal["simclr", "moco"] = "simclr"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -103,17 +105,16 @@ def initialise(rng: Array, dim: int, width: int, classes: int, settings: Setting
         "head": {"kernel": jnp.zeros((dim, classes)), "bias": jnp.zeros(classes)},
         "norm": {"scale": jnp.ones(dim), "bias": jnp.zeros(dim)},
     }
-    if settings.side != "none":
+    if settings.side == "dynamic":
         params |= fusion.initialise(rng, dim, width)
-    if settings.side == "token":
-        hidden = params["encoder"]["first"]["kernel"].shape[1]
-        kernel = 0.01 * jax.random.normal(jax.random.fold_in(rng, 1), (hidden, dim))
-        params["token"] = {"kernel": kernel}
-        del params["fusion"]
+    elif settings.side == "token":
+        params |= fusion.initialise_token(jax.random.fold_in(rng, 1), dim, width)
     if settings.contrast:
         key = jax.random.fold_in(rng, 2)
         params["block"] = fusion.initialise_block(key, dim)
         params["project"] = {"kernel": dim**-0.5 * jax.random.normal(key, (dim, PROJECTED))}
+    if settings.contrast and settings.contrast_by == "moco":
+        params["predict"] = fusion.initialise_block(jax.random.fold_in(rng, 3), PROJECTED)
     return params
 
 
@@ -135,32 +136,67 @@ def body(
 ) -> Float[Array, "batch dim"]:
     """Features with their side information.
 
-    ``token`` adds a map of the encoded side information to the feature: what a token of it does to
-    a pooled feature at most, since the frozen backbone takes no further token.
+    ``token`` encodes it as MetaFormer does (spec of 2207.11637's backbone), but there the token
+    goes through two stages of attention beside the patches and here a map of it is added to the
+    feature: our choice, since the frozen backbone takes no further token.
     """
     x = fusion.layer_norm(params["norm"], features)
-    if settings.side != "none":
-        encoded = fusion.encode_side(params["encoder"], side)
-        if settings.side == "dynamic":
-            x = fusion.fuse(params["fusion"], x, encoded)
-        else:
-            x = x + fusion.linear(params["token"], encoded)
+    if settings.side == "dynamic":
+        x = fusion.fuse(params["fusion"], x, fusion.encode_side(params["encoder"], side))
+    elif settings.side == "token":
+        x = x + fusion.linear(params["token"], fusion.encode_token(params["encoder"], side))
     return fusion.residual_norm(params["block"], x) if settings.contrast else x
 
 
-def contrasted(params: Params, pairs: Pairs, settings: Settings) -> Float[Array, ""]:
-    """SimCLR's loss and the hinge on the hardest negative, of two views of each image.
+def contrasted(
+    params: Params, pairs: Pairs, settings: Settings, slow: Params | None = None
+) -> Float[Array, ""]:
+    """The contrast of two views of each image.
 
-    As in the public code of 2207.11637, beside the labels' loss; there through a fine-tuned
-    backbone, here through a residual block on frozen features, which is our choice.
+    ``simclr``: its loss and the hinge on the hardest negative, as in the public code of 2207.11637,
+    beside the labels' loss. ``moco``: MoCo-v3's symmetric loss of predicted queries and the slow
+    encoder's keys; there it pretrains the backbone. In both the backbone is trained in the public
+    code; here a residual block on frozen features is, and the prediction is such a block: our
+    choice.
+
+    Args:
+        params: of the classifier.
+        pairs: the views.
+        settings: name the loss.
+        slow: the momentum encoder's parameters, which get no gradient; ``moco``.
     """
     count = len(pairs.side)
-    features = jnp.asarray(pairs.features).swapaxes(0, 1).reshape(2 * count, -1)
-    side = jnp.tile(jnp.asarray(pairs.side), (2, 1))
-    x = body(params, features, side, settings)
-    x = fusion.linear(params["project"], x)
     number = jnp.tile(jnp.arange(count), 2)
-    return selfsup.info_nce(x, number) + selfsup.hardest_negative(x, number)
+    x = _projected(params, pairs, settings)
+    if settings.contrast_by == "simclr":
+        return selfsup.info_nce(x, number) + selfsup.hardest_negative(x, number)
+    if slow is None:
+        raise ValueError("moco: needs the parameters of the slow encoder")
+    keys = _projected(slow, pairs, settings)
+    queries = fusion.residual_norm(params["predict"], x)
+    return selfsup.moco_v3(queries[:count], keys[count:]) + selfsup.moco_v3(
+        queries[count:], keys[:count]
+    )
+
+
+def _projected(params: Params, pairs: Pairs, settings: Settings) -> Float[Array, "rows dim"]:
+    """All first views, then all second ones."""
+    count = len(pairs.side)
+    features = jnp.asarray(pairs.features).swapaxes(0, 1).reshape(2 * count, -1)
+    x = body(params, features, jnp.tile(jnp.asarray(pairs.side), (2, 1)), settings)
+    return fusion.linear(params["project"], x)
+
+
+def followed(slow: Params, params: Params, progress: Array | float) -> Params:
+    """The slow encoder after a step: m slow + (1 - m) params, m from .99 to 1 by half a cosine.
+
+    Args:
+        slow: its parameters.
+        params: those that the step gave.
+        progress: share of the training that is over, 0 to 1.
+    """
+    m = 1 - (1 - MOMENTUM) * (1 + jnp.cos(jnp.pi * progress)) / 2
+    return jax.tree.map(lambda a, b: m * a + (1 - m) * b, slow, params)
 
 
 def train(data: Data, classes: int, settings: Settings, pairs: Pairs | None = None) -> Params:
@@ -186,7 +222,10 @@ def train(data: Data, classes: int, settings: Settings, pairs: Pairs | None = No
         rows = repeats(data.labels, classes)
     arrays = [jnp.asarray(each[rows]) for each in data]
     known = Pairs(*map(jnp.asarray, pairs)) if pairs is not None and settings.contrast else None
-    params, losses = _train(*arrays, jnp.asarray(counts), known, classes, settings)
+    rng = jax.random.key(settings.seed)
+    params, losses = _train(
+        rng, *arrays, jnp.asarray(counts), known, classes, replace(settings, seed=0)
+    )
     if not np.isfinite(np.asarray(losses)).all():
         raise UserError("longtail train: the loss is no number: lower the learning rate")
     return jax.tree.map(np.asarray, params)
@@ -194,6 +233,7 @@ def train(data: Data, classes: int, settings: Settings, pairs: Pairs | None = No
 
 @functools.partial(jax.jit, static_argnames=("classes", "settings"))
 def _train(
+    rng: Array,
     features: Array,
     side: Array,
     labels: Array,
@@ -205,7 +245,6 @@ def _train(
     total = len(labels)
     size = min(settings.batch, total)
     steps = -(-total // size)
-    rng = jax.random.key(settings.seed)
     params = initialise(
         jax.random.fold_in(rng, 0), features.shape[1], side.shape[1], classes, settings
     )
@@ -216,7 +255,9 @@ def _train(
         mask=lambda tree: jax.tree.map(lambda leaf: leaf.ndim > 1, tree),
     )
 
-    def loss(params: Params, rows: Array, hidden: Array, key: Array) -> Array:
+    moco = pairs is not None and settings.contrast_by == "moco"
+
+    def loss(params: Params, slow: Params | None, rows: Array, hidden: Array, key: Array) -> Array:
         seen = side[rows]
         if settings.drop_side:
             seen = fusion.drop_side(seen, hidden, key)
@@ -227,13 +268,16 @@ def _train(
             return value
         some = jax.random.permutation(key, len(pairs.side))[: settings.batch // 2]
         drawn = Pairs(pairs.features[some], pairs.side[some])
-        return value + settings.contrast * contrasted(params, drawn, settings)
+        return value + settings.contrast * contrasted(params, drawn, settings, slow)
 
     def step(carry: Any, at: Any) -> Any:
-        params, state = carry
-        value, gradient = jax.value_and_grad(loss)(params, *at)
+        params, slow, state, done = carry
+        value, gradient = jax.value_and_grad(loss)(params, slow, *at)
         updates, state = optimiser.update(gradient, state, params)
-        return (optax.apply_updates(params, updates), state), value
+        moved: Any = optax.apply_updates(params, updates)
+        if moco:
+            slow = followed(slow, moved, done / (settings.epochs * steps))
+        return (moved, slow, state, done + 1), value
 
     def epoch(carry: Any, number: Array) -> Any:
         key = jax.random.fold_in(rng, number + 1)
@@ -242,8 +286,8 @@ def _train(
         carry, values = jax.lax.scan(step, carry, (order, hidden, jax.random.split(key, steps)))
         return carry, values.mean()
 
-    start = params, optimiser.init(params)
-    (params, _), values = jax.lax.scan(epoch, start, jnp.arange(settings.epochs))
+    start = params, params if moco else None, optimiser.init(params), 0
+    (params, *_), values = jax.lax.scan(epoch, start, jnp.arange(settings.epochs))
     return params, values
 
 

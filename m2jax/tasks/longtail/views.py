@@ -8,7 +8,6 @@ scales with five crops and mirrors, is our choice.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +17,7 @@ from PIL import Image
 
 from m2jax.config import UserError
 from m2jax.eval.emoji import Encoder
-from m2jax.eval.sets.records import Images, Made
+from m2jax.eval.sets.records import Images
 from m2jax.tasks.labels import features
 
 CROPS = ("centre", "five")
@@ -76,15 +75,19 @@ def _crops(image: Image.Image, scale: float, crops: str) -> Iterator[Image.Image
 def view_features(
     model: Encoder, pictures: Images, kinds: Views, *, length: bool, batch: int, show: bool = False
 ) -> Float[np.ndarray, "images views dim"]:
-    """Features of every view of every image."""
-    count = kinds.count
+    """Features of every view of every image; ``batch`` views at once, those of an image at least.
 
-    def read(row: int) -> Image.Image:
-        return next(itertools.islice(views(pictures.read(row // count), kinds), row % count, None))
-
-    every = Made(len(pictures) * count, read)
-    rows = features.images(model, every, length=length, batch=batch, show=show)
-    return rows.reshape(len(pictures), count, -1)
+    An image is decoded once for all its views.
+    """
+    rows = features.images(
+        model,
+        pictures,
+        length=length,
+        batch=max(1, batch // kinds.count),
+        show=show,
+        views=lambda image: views(image, kinds),
+    )
+    return rows.reshape(len(pictures), kinds.count, -1)
 
 
 def mean_probabilities(

@@ -1,21 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """``m2jax labels`` from a file of labels to a page of images, on a toy model."""
 
+import argparse
 import json
 
-import jax
 import numpy as np
 import pytest
 import sentencepiece  # noqa: F401  (its C++ types warn when first imported inside a test)
 from PIL import Image
 
 import m2jax
-from m2jax.checkpoint import folder
+from m2jax.cli import labels as cli
 from m2jax.cli.main import main
-from m2jax.config import Model, UserError, resolve
-from m2jax.data.image import Preprocess
-from m2jax.data.text import SentencePieceTokenizer, train_tokenizer
-from m2jax.models import params as params_lib
+from m2jax.config import UserError
 from m2jax.tasks.labels import (
     features,
     grammar,
@@ -25,30 +22,9 @@ from m2jax.tasks.labels import (
     vocabulary,
     zero_shot,
 )
+from m2jax.tasks.labels.adapter import Settings
 
-MODEL = resolve(
-    Model(
-        **{"width": 16, "heads": 2, "out_dim": 8, "vocab_size": 140, "text_positions": 34},
-        **{"image_size": 16, "max_text_len": 32, "dtype": "float32", "init": "scaled"},
-    )
-)
 LABELS = "red|crimson\t红\ngreen\t绿\nblue\t蓝\n"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """Random weights: what is shown is that files become labels, not that they are right."""
-    words = vocabulary.checked(
-        [{"en": [a], "zh": [b]} for a, b in (("red", "红"), ("green", "绿"), ("blue", "蓝"))]
-    )
-    lines = [s.text for s in grammar.sentences(words, ("en", "zh"), 300, seed=9)]
-    tokenizer = SentencePieceTokenizer(train_tokenizer(lines, 130), 32)
-    params = jax.jit(lambda: params_lib.initialise(MODEL, jax.random.key(0)))()
-    path = tmp_path_factory.mktemp("models") / "toy"
-    folder.write(
-        path, MODEL, params, tokenizer=tokenizer.to_dict(), preprocess=Preprocess(16).to_dict()
-    )
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -223,3 +199,12 @@ def test_learned_contexts_fit_the_sentences_and_padding_does_not_matter(model):
         prompt_tuning.train(
             bundle, words, "en", texts, labels, prompt_tuning.Recipe(context=32, steps=1)
         )
+
+
+def test_the_verbs_defaults_are_those_of_the_settings():
+    parser = argparse.ArgumentParser()
+    cli.add_parser(parser.add_subparsers())
+    words = ["labels", "train", "--model", "m", "--labels", "l", "--out", "o"]
+    given = vars(parser.parse_args(words))
+    for name in ("kind", "noise", "sigma", "loss", "epochs", "seed"):
+        assert given[name] == getattr(Settings(), name), name

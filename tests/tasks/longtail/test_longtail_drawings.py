@@ -57,3 +57,22 @@ def test_the_styles_of_the_test_are_countries_never_seen_and_its_groups_are_know
     assert codes.unknown(test.rows)["country"] == {"missing": 0, "unknown": 4}
     both = drawings.part(emoji(), "train", "fluent")
     assert len(both.rows) == 12
+
+
+def test_observations_are_held_out_whole_and_no_class_loses_its_last():
+    train = drawings.part(emoji(), "train")
+    kept, held = drawings.without_observations(train, 0.5)
+    parts = [{row.observation for row in part.rows} for part in (kept, held)]
+    assert not parts[0] & parts[1]
+    assert parts[0] | parts[1] == {row.observation for row in train.rows}
+    assert {row.label for row in kept.rows} == {row.label for row in train.rows}
+    assert [row.label for row in held.rows] == ["3.30", "3.30"]  # both styles of one of its two
+    assert len(held.images) == 2
+    for part in (kept, held):
+        for number, row in enumerate(part.rows):
+            assert (np.asarray(part.images.read(number)) == int(row.observation[1:])).all()
+    again = drawings.without_observations(train, 0.5)
+    assert [row.file for row in again[1].rows] == [row.file for row in held.rows]
+    one = drawings.with_classes(train, {"4.40"})
+    assert {row.label for row in one.rows} == {"4.40"}
+    assert len(one.images) == len(one.rows) == 2

@@ -257,6 +257,7 @@ def test_settings_that_cannot_be_are_refused():
     for broken in (
         *({"side": "late"}, {"loss": "focal"}, {"keep": 0.0}, {"epochs": 0}, {"seed": -1}),
         *({"tau": float("nan")}, {"tau": -1.0}, {"contrast": -0.1}, {"contrast": float("inf")}),
+        {"contrast_by": "byol"},
     ):
         with pytest.raises(UserError):
             Settings(**broken)
@@ -264,24 +265,82 @@ def test_settings_that_cannot_be_are_refused():
     assert not Settings(loss="plain").trained_adjustment
 
 
-def test_views_without_labels_are_contrasted_beside_the_labels(tail):
+def test_the_metadata_token_is_encoded_as_metaformer_does_and_starts_near_none():
+    params = fusion.initialise_token(jax.random.key(0), 12, 5, 8)
+    side = jnp.eye(3, 5)
+    token = fusion.encode_token(params["encoder"], side)
+    first = jax.nn.relu(side @ params["encoder"]["first"]["kernel"])
+    centred = first - first.mean(axis=1, keepdims=True)
+    normed = centred / jnp.sqrt(jnp.square(centred).mean(axis=1, keepdims=True) + fusion.EPS)
+    np.testing.assert_allclose(token, normed, atol=1e-5)  # the block starts as none
+    params["encoder"]["block"]["norm2"]["scale"] = jnp.ones(8)
+    assert np.abs(fusion.encode_token(params["encoder"], side) - token).max() > 1e-2
+    settings = Settings(side="token")
+    start = model.initialise(jax.random.key(0), 12, 5, 4, settings)
+    rows = jnp.asarray(np.random.default_rng(0).normal(size=(3, 12)), jnp.float32)
+    alone = model.body(start, rows, side, Settings(side="none"))
+    assert 0 < np.abs(model.body(start, rows, side, settings) - alone).max() < 0.5
+
+
+@pytest.mark.parametrize(("by", "side"), [("simclr", "dynamic"), ("moco", "token")])
+def test_views_without_labels_are_contrasted_beside_the_labels(tail, by, side):
     train, test = tail
     rng = np.random.default_rng(3)
-    settings = Settings(**{**FAST.__dict__, "contrast": 0.01})
+    alone = Settings(**{**FAST.__dict__, "side": side})
+    settings = Settings(**{**alone.__dict__, "contrast": 0.01, "contrast_by": by})
     start = model.initialise(jax.random.key(0), 16, 2, 12, settings)
-    plain = model.initialise(jax.random.key(0), 16, 2, 12, FAST)
+    plain = model.initialise(jax.random.key(0), 16, 2, 12, alone)
     rows = jnp.asarray(test.features[:4]), jnp.asarray(test.side[:4])
     np.testing.assert_allclose(  # the block starts as none
-        model.body(start, *rows, settings), model.body(plain, *rows, FAST), atol=1e-6
+        model.body(start, *rows, settings), model.body(plain, *rows, alone), atol=1e-6
     )
     noise = 0.1 * rng.normal(size=(2, *test.features.shape))
     pairs = model.Pairs((test.features + noise).swapaxes(0, 1).astype(np.float32), test.side)
     trained = model.train(train, 12, settings, pairs)
     few = model.Pairs(pairs.features[:40], pairs.side[:40])
-    assert model.contrasted(trained, few, settings) < model.contrasted(start, few, settings)
+
+    def contrast(params, pairs):
+        return model.contrasted(params, pairs, settings, params if by == "moco" else None)
+
+    assert contrast(trained, few) < contrast(start, few)
     assert accuracy(trained, test, settings)[0] > 0.5
     wrong = model.Pairs(few.features.copy(), few.side)
     wrong.features[:, 1] = np.roll(wrong.features[:, 1], 1, axis=0)
-    assert model.contrasted(trained, wrong, settings) > model.contrasted(trained, few, settings)
+    assert contrast(trained, wrong) > contrast(trained, few)
     with pytest.raises(UserError, match="needs two images"):
         model.train(train, 12, settings)
+
+
+def test_the_slow_encoder_gives_the_keys_gets_no_gradient_and_follows(tail):
+    settings = Settings(side="none", contrast=1.0, contrast_by="moco")
+    keys = jax.random.split(jax.random.key(0), 2)
+    params, slow = (model.initialise(key, 16, 2, 12, settings) for key in keys)
+    rows = np.stack([tail[1].features[:12], tail[1].features[12:24]], axis=1)
+    pairs = model.Pairs(rows, tail[1].side[:12])
+    mirrored = model.Pairs(rows[:, ::-1], tail[1].side[:12])
+    value = model.contrasted(params, pairs, settings, slow)
+    np.testing.assert_allclose(  # symmetric: which view is first does not count
+        model.contrasted(params, mirrored, settings, slow), value, rtol=1e-5
+    )
+    assert abs(model.contrasted(params, pairs, settings, params) - value) > 1e-3
+    gradient = jax.grad(lambda both: model.contrasted(both[0], pairs, settings, both[1]))
+    of_params, of_slow = gradient((params, slow))
+    assert not any(np.abs(leaf).max() for leaf in jax.tree.leaves(of_slow))
+    assert np.abs(of_params["predict"]["norm2"]["scale"]).max() > 0
+    with pytest.raises(ValueError, match="slow encoder"):
+        model.contrasted(params, pairs, settings)
+    for progress, share in ((0.0, 0.01), (0.5, 0.005), (1.0, 0.0)):
+        found = model.followed(slow, params, progress)
+        want = jax.tree.map(lambda a, b, m=share: (1 - m) * a + m * b, slow, params)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, want)
+
+
+def test_every_step_moves_the_slow_encoder(tail, monkeypatch):
+    moved = []
+    real = model.followed
+    monkeypatch.setattr(model, "followed", lambda *given: moved.append(given[2]) or real(*given))
+    rows = np.stack([tail[1].features] * 2, axis=1)
+    for by, traced in (("simclr", 0), ("moco", 1)):
+        settings = Settings(side="none", epochs=2, batch=128, contrast=0.5, contrast_by=by)
+        model.train(tail[0], 12, settings, model.Pairs(rows, tail[1].side))
+        assert len(moved) == traced

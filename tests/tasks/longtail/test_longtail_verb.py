@@ -76,6 +76,22 @@ def test_from_a_table_to_observations_and_their_page(model, trained, tmp_path, c
     assert page.read_text().count("<img") == 18
 
 
+def test_a_momentum_encoder_on_images_without_labels(model, trained, tmp_path, capsys):
+    (trained / "more.csv").write_text(f"{HEADER}\n1,,,,,0.png\n2,,,,,1.png\n")
+    words = ["longtail", "train", "--model", str(model), "--table", str(trained / "train.csv")]
+    words += ["--unlabelled", str(trained / "more.csv"), "--epochs", "3", "--contrast-by", "moco"]
+    words += ["--side", "none"]
+    assert main([*words, "--out", str(tmp_path / "c")]) == 2
+    assert "--contrast-by moco: serves --contrast alone" in capsys.readouterr().err
+    assert main([*words, "--out", str(tmp_path / "c"), "--contrast", "0.01"]) == 0
+    found = saved.read(tmp_path / "c")
+    assert found.settings.contrast_by == "moco"
+    assert "predict" in found.params
+    out = tmp_path / "x"
+    out.mkdir()
+    assert predict(model, trained, out, "--classifier", str(tmp_path / "c"), "--one-view") == 0
+
+
 def test_a_place_that_training_never_had_is_said_and_filters_nothing(model, trained, tmp_path):
     lines = [HEADER.replace("class_id,", ""), "1,,Narnia,XX,0.png", "2,,,,1.png"]
     (trained / "test.csv").write_text("\n".join(lines) + "\n")
