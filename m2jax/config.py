@@ -271,7 +271,7 @@ class Train:
     accumulation: str = "exact"  # exact (encodes twice) | detach (the last part alone learns)
     log_every: int = 10  # steps between rows of metrics.jsonl
     seed: int = 0
-    stall_s: float = 1800.0  # seconds without a step before the watchdog ends the run; 0: never
+    stall_s: float = 1800.0  # seconds without a step, or of scoring, that end the run; 0: never
     guard: Guard = field(default_factory=Guard)
 
 

@@ -275,7 +275,7 @@ def test_the_command(model, tmp_path, capsys):
         (["--part", "3/2"], "--part 3/2: write I/N"),
         (["--part", "x"], "--part x: write I/N"),
         (["--split", "0"], "--model-devices 0: must be at least 1"),
-        (["--split", "3"], "mesh"),
+        (["--split", "3"], "over 3 devices: this process has"),
         (["--format", "csv"], "--format csv"),
     ):
         assert main([*words[:-1], str(tmp_path / "p"), *extra]) == 2

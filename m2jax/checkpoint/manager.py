@@ -220,6 +220,8 @@ class Checkpoints:
                     file=sys.stderr,
                     flush=True,
                 )
+        if self._parts:
+            self._parts.forget(damaged)
         everyone(True)  # nobody looks before it is done
         self._manager.reload()
 

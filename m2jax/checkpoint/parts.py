@@ -112,6 +112,14 @@ class Parts:
             self.mirror.spare(step)
             self._store.unmark(step)
 
+    def forget(self, steps: Iterable[int]) -> None:
+        """Lets each process copy damaged checkpoints anew once the run has made them again.
+
+        Call it when they are no longer here, or what is damaged would be copied.
+        """
+        for step in steps:
+            remote.forget(self.directory, step)
+
     def _bring(self, step: int, wanted: Any) -> None:
         folder = self.directory / CHECKPOINTS / str(step)
 

@@ -238,7 +238,7 @@ def _bring(store: Store, directory: Path, step: int) -> None:
     try:
         store.pull(step, folder)
     except BaseException:
-        (directory / COPIED / str(step)).unlink(missing_ok=True)
+        forget(directory, step)
         raise
 
 
@@ -308,6 +308,11 @@ def noted(directory: Path, step: int) -> bytes | None:
         return (directory / COPIED / str(step)).read_bytes()
     except FileNotFoundError:
         return None
+
+
+def forget(directory: Path, step: int) -> None:
+    """Takes the note of a checkpoint back."""
+    (directory / COPIED / str(step)).unlink(missing_ok=True)
 
 
 def _write(file: Path, contents: bytes) -> None:

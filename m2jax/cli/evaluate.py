@@ -124,6 +124,7 @@ def run(args: argparse.Namespace) -> int:
         suite=args.suite,
         data_dir=args.data,
         languages=languages,
+        batch_size=args.batch_size,
         hold_out_styles=held_out,
         writer=writer,
         request=request,

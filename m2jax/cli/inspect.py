@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     parts = collections.Counter[str]()
     for line in lines:
         parts[line.name.split(".")[0]] += math.prod(line.shape)
-    print("of them " + ", ".join(f"{name} {size:,}" for name, size in parts.most_common()))
+    print("parts: " + ", ".join(f"{name} {size:,}" for name, size in parts.most_common()))
     print(f"{total:,} parameters; {each:,} bytes per device on {devices} devices ({mesh})")
     return 0
 

@@ -21,7 +21,8 @@ from m2jax.dist.launchers import Found, detect
 
 # A process that compiles holds Python's lock for minutes; jax's 100 s would take it for dead.
 HEARTBEAT_TIMEOUT_S = 300
-# The first process scores what was trained while the others wait for it to leave together.
+# The first process writes its report and ends copying to a store; the others wait for it to leave
+# together.
 SHUTDOWN_TIMEOUT_S = 3600
 LAST_WORDS_S = 3
 

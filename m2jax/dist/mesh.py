@@ -45,7 +45,13 @@ def local_mesh(split: int = 1) -> Mesh:
     Raises:
         UserError: it does not divide the number of devices.
     """
-    return make_mesh(config.Mesh(data=-1, fsdp=split), jax.local_devices())
+    devices = jax.local_devices()
+    if split < 1 or len(devices) % split:
+        raise UserError(
+            f"parameters over {split} devices: this process has {len(devices)}: use a number that "
+            "divides them"
+        )
+    return make_mesh(config.Mesh(data=-1, fsdp=split), devices)
 
 
 def mesh_shape(spec: config.Mesh, devices: int) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ from m2jax import captioner as captioner_lib
 from m2jax.bundle import Bundle
 from m2jax.captioner import Captioner
 from m2jax.checkpoint.manager import Saved
-from m2jax.config import Experiment
+from m2jax.config import Experiment, UserError
 from m2jax.data.pairs import ANY, LANGUAGES
 from m2jax.data.text import Speller
 from m2jax.eval.report import write_report
@@ -41,9 +41,14 @@ class Scoring:
         """Refuses now what could not be scored at the end.
 
         Raises:
-            UserError: no such suite, or one that needs a data set.
+            UserError: no such suite, or one that needs a data set or asks in other languages.
         """
         if suite := self.experiment.eval.suite:
+            if other := set(self._languages()).difference(LANGUAGES):
+                raise UserError(
+                    f"eval.suite={suite}: asks in en and zh, but data.languages has {min(other)}: "
+                    "set eval.suite to ''"
+                )
             check(suite, self._languages(), None, flag="eval.suite")
 
     def _languages(self) -> tuple[str, ...]:

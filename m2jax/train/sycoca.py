@@ -151,8 +151,9 @@ class SyCoCaTask:
 
         if "language" in batch:
             language = batch["language"].reshape(-1)
-        else:
-            known = [self.languages.index(name) for name in self.experiment.data.languages]
+        else:  # no tag is read where the place does not tell it
+            told = self.experiment.data.languages
+            known = [0 if name == ANY else self.languages.index(name) for name in told]
             language = jnp.tile(jnp.asarray(known), rows)
 
         def paired(x: jax.Array) -> jax.Array:

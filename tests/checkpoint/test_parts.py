@@ -175,6 +175,26 @@ def test_a_damaged_checkpoint_stays_there_until_it_is_made_again(monkeypatch, tm
     assert run.store.folders() == [4]  # it may be all there is
 
 
+def test_a_damaged_checkpoint_made_again_is_copied_again(monkeypatch, tmp_path, url):
+    """By the other processes too, or it would never be complete again."""
+    run = Processes(monkeypatch, tmp_path, url)
+    run.save(4)
+    for process in (1, 0):
+        run.sync(process)
+    found = parts_of(monkeypatch, url, tmp_path / "next")
+    found.set_aside([4])
+    folder = found.directory / "checkpoints" / "4"
+    folder.rename(folder.with_name("4.damaged"))
+    found.forget([4])
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    run.folders[1] = found.directory
+    run.save(4)
+    sent = []
+    monkeypatch.setattr(type(found.mirror), "_push", lambda self, step: sent.append(step))
+    found.mirror.sync()
+    assert sent == [4]
+
+
 def test_a_store_that_does_not_answer_is_no_damage(monkeypatch, tmp_path, url):
     run = Processes(monkeypatch, tmp_path, url)
     run.save(4)
@@ -214,6 +234,7 @@ def test_a_marker_that_says_nothing_costs_its_step_alone(
     assert restored.step == 4
     np.testing.assert_array_equal(restored.state["x"], state(4)["x"])
     assert store.steps() == [4]
+    assert remote.noted(now.directory, 8) is None  # it is copied when the run makes it again
     assert ("goes on from step 4" in capsys.readouterr().err) == bool(marker)
 
 

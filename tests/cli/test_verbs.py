@@ -124,6 +124,7 @@ def test_eval_scores_and_writes(bundle: FakeBundle, install: Install, tmp_path: 
     markdown = tmp_path / "scores.md"
     assert main([*words, "--json", str(out), "--markdown", str(markdown)]) == 0
     asked = {"suite": "s", "data_dir": "d", "languages": ("zh",), "hold_out_styles": ("noto",)}
+    asked |= {"batch_size": 64}
     assert calls == [(bundle, {**asked, "writer": "writer", "request": None})]
     assert json.loads(out.read_text()) == {"x/a": 1.0, "x/b": 0.5}
     assert "| x | 50.0 | 100.0 |" in markdown.read_text()
@@ -314,7 +315,7 @@ def test_inspect_prints_every_parameter(capsys: pytest.CaptureFixture[str]) -> N
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["parameter", "shape", "axes", "mesh", "axes", "bytes/device"]
     assert "on 8 devices (replica=1 data=4 fsdp=2 model=1)" in lines[-1]
-    assert lines[-2].startswith("of them backbone ")
+    assert lines[-2].startswith("parts: backbone ")
     assert any(line.startswith("backbone.blocks.A.q.kernel ") for line in lines)
 
 

@@ -13,7 +13,7 @@ from jax.sharding import AxisType
 
 from m2jax import config
 from m2jax.config import UserError
-from m2jax.dist.mesh import AXES, arrange, make_mesh, mesh_shape
+from m2jax.dist.mesh import AXES, arrange, local_mesh, make_mesh, mesh_shape
 from m2jax.dist.sharding import BATCH_AXES
 
 
@@ -31,6 +31,13 @@ def test_mesh_over_the_virtual_devices() -> None:
 
 def test_mesh_over_some_devices() -> None:
     assert make_mesh(config.Mesh(), jax.devices()[:3]).shape["data"] == 3
+
+
+def test_devices_of_this_process() -> None:
+    assert dict(local_mesh(2).shape) == {"replica": 1, "data": 4, "fsdp": 2, "model": 1}
+    for split in (3, 16):
+        with pytest.raises(UserError, match=f"over {split} devices: this process has 8: use"):
+            local_mesh(split)
 
 
 sizes = st.integers(1, 6)

@@ -176,6 +176,10 @@ def test_a_suite_that_could_not_run_at_the_end_is_refused_at_the_start(tmp_path,
     for suite, match in (("emojis", "eval.suite emojis: no such"), ("vqa", "vqa: scores a")):
         with pytest.raises(UserError, match=match):
             main.run(dataclasses.replace(cfg, eval=config.Eval(suite=suite)), tmp_path)
+    spoken = dataclasses.replace(cfg.data, languages=("en", "fr"))
+    scored = dataclasses.replace(cfg, data=spoken, eval=config.Eval(suite="emoji"))
+    with pytest.raises(UserError, match=r"data\.languages has fr: set eval\.suite to ''"):
+        main.run(scored, tmp_path)
     assert not (tmp_path / "metrics.jsonl").exists()
 
 

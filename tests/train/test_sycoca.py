@@ -88,6 +88,14 @@ def test_texts_in_whichever_language_bring_their_tags(monkeypatch):
     words = np.asarray(batch["text_mask"][:, :, 1:].sum((0, 2)))
     expected = (found[0, 0] * words[0] + found[1, 1] * words[1]) / words.sum()
     np.testing.assert_allclose(whole, expected, rtol=1e-5)
+    painted = dataclasses.replace(
+        alone.experiment, loss=experiment(monkeypatch, caption={"weight": 0.0}).loss
+    )
+    lone = SyCoCaTask(painted)  # no captions: such a batch tells no languages
+    assert "language" not in lone.batch_spec(16)
+    texts = {k: batch[k][:, :1] for k in ("text", "text_mask")}
+    shapes = jax.eval_shape(lone.init, jax.random.key(0)), picked | texts, jax.random.key(0)
+    assert "loss/masked_image" in jax.eval_shape(lone.loss, *shapes)[1]
     with pytest.raises(UserError, match=r"loss.caption.languages=\('fr',\): lacks 'en'"):
         SyCoCaTask(experiment(monkeypatch, caption={"languages": ("fr",)}))
 

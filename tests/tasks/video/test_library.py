@@ -2,6 +2,7 @@
 """Index, search and page: planted copies are found; runs go on; other models are refused."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
