@@ -23,7 +23,7 @@ help:
 	@echo 'make test-slow  whole runs and other tests that take long (CI runs them too)'
 	@echo 'make test-torch the tests against PyTorch, transformers and open_clip (a .venv-torch of 2 GB)'
 	@echo 'make test-launch job files against xpk and SkyPilot themselves (two environments of 0.8 GB)'
-	@echo 'make soak       kills, full disks and lost devices in real processes, Slurm (long; not yet seen whole)'
+	@echo 'make soak       kills, full disks and lost devices in real processes, Slurm (long)'
 	@echo 'make lint       the first three alone'
 	@echo 'make notebooks  run the notebooks'
 	@echo 'make lock       resolve requirements/*.txt anew (needs uv)'

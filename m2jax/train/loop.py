@@ -83,7 +83,8 @@ class Loop:
             stop = self.preemption.reached(step)
             save = stop or step % self.experiment.checkpoint.every == 0 or step == steps
             every = self.experiment.eval.every
-            due = every > 0 and step % every == 0
+            # A run that was told to end has no time for it.
+            due = every > 0 and step % every == 0 and not stop
             if step % self.experiment.train.log_every == 0 or step == steps or stop or due:
                 skipped = int(metrics["skipped"])
                 now = time.perf_counter()

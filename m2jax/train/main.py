@@ -72,41 +72,42 @@ def _run(
     model = origin.model if origin else experiment.model
     task, step = assemble(experiment, mesh, model)
     checkpoints = Checkpoints(directory, experiment, loader.assets, model, parts)
-    scoring = Scoring(experiment, checkpoints.saved, mesh, directory)
-    with Preemption() as preemption, Watchdog(experiment.train.stall_s) as watchdog:
-        restored = checkpoints.restore(step.abstract_state)
-        if restored is None:
-            start, state = 0, begin(step, origin, task, mesh, directory)
-        else:
-            start, state = restored.step, restored.state
-            loader.set_state(restored.data)
-        workdir_lib.record(directory, experiment)
-        goodput.start(start)
-        writer, progress = reporters(directory, experiment, start)
-        if restored is not None:
-            progress.note(f"goes on from step {start}, saved in {directory}")
-        loop = Loop(
-            *(experiment, step, loader, checkpoints, writer, progress, preemption, watchdog),
-            meter=make_meter(experiment, mesh, model, loader, goodput, directory),
-            profiler=profiler,
-            workdir=directory,
-            score=scoring.validation,
-        )
-        goodput.book("init")
-        try:
-            result = loop.run(state)
-        finally:
-            profiler.close()
-            loader.close()
-            writer.close()
-            checkpoints.close()
-    if result.preempted:
-        progress.note(f"step {result.steps}: preempted after a save; start again to go on")
-        return PREEMPTED
-    if experiment.eval.suite:
-        scoring.final(result.state)
-        goodput.book("evaluation")
-        goodput.write(experiment.train.steps)
+    with Watchdog(experiment.train.stall_s) as watchdog:
+        scoring = Scoring(experiment, checkpoints.saved, mesh, directory, watchdog.beat)
+        with Preemption() as preemption:
+            restored = checkpoints.restore(step.abstract_state)
+            if restored is None:
+                start, state = 0, begin(step, origin, task, mesh, directory)
+            else:
+                start, state = restored.step, restored.state
+                loader.set_state(restored.data)
+            workdir_lib.record(directory, experiment)
+            goodput.start(start)
+            writer, progress = reporters(directory, experiment, start)
+            if restored is not None:
+                progress.note(f"goes on from step {start}, saved in {directory}")
+            loop = Loop(
+                *(experiment, step, loader, checkpoints, writer, progress, preemption, watchdog),
+                meter=make_meter(experiment, mesh, model, loader, goodput, directory),
+                profiler=profiler,
+                workdir=directory,
+                score=scoring.validation,
+            )
+            goodput.book("init")
+            try:
+                result = loop.run(state)
+            finally:
+                profiler.close()
+                loader.close()
+                writer.close()
+                checkpoints.close()
+        if result.preempted:
+            progress.note(f"step {result.steps}: preempted after a save; start again to go on")
+            return PREEMPTED
+        if experiment.eval.suite:  # all is saved: a signal may end the process now
+            scoring.final(result.state)
+            goodput.book("evaluation")
+            goodput.write(experiment.train.steps)
     return 0
 
 

@@ -8,11 +8,17 @@ order; each encodes its share of the rows and gets all features; the first one w
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
+from PIL import Image
 
 from m2jax import bundle as bundle_lib
 from m2jax import captioner as captioner_lib
@@ -20,12 +26,28 @@ from m2jax.bundle import Bundle
 from m2jax.captioner import Captioner
 from m2jax.checkpoint.manager import Saved
 from m2jax.config import Experiment, UserError
+from m2jax.data import emoji
 from m2jax.data.pairs import ANY, LANGUAGES
 from m2jax.data.text import Speller
 from m2jax.eval.report import write_report
 from m2jax.eval.runner import VALIDATION, Evaluation, check, run_suite, table, write_metrics
 from m2jax.obs.metrics import read_rows
 from m2jax.train.state import TrainState
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Beating(Bundle):
+    """A model that says of each batch that the run is alive."""
+
+    beat: Callable[[], None]
+
+    def preprocess(self, images: Sequence[Image.Image]) -> np.ndarray:
+        self.beat()
+        return super().preprocess(images)
+
+    def _rows(self, encode: Callable[..., jax.Array], *inputs: Any) -> jax.Array:
+        self.beat()
+        return super()._rows(encode, *inputs)
 
 
 @dataclass(frozen=True)
@@ -36,12 +58,14 @@ class Scoring:
     saved: Saved  # as its checkpoints have it
     mesh: Mesh
     directory: Path  # for what the first process leaves
+    beat: Callable[[int], None]  # tells the watchdog, for each batch, the step that is scored
 
     def __post_init__(self) -> None:
         """Refuses now what could not be scored at the end.
 
         Raises:
-            UserError: no such suite, or one that needs a data set or asks in other languages.
+            UserError: no such suite, or one that needs a data set or asks in other languages, or
+                its data are not on this host.
         """
         if suite := self.experiment.eval.suite:
             if other := set(self._languages()).difference(LANGUAGES):
@@ -50,6 +74,8 @@ class Scoring:
                     "set eval.suite to ''"
                 )
             check(suite, self._languages(), None, flag="eval.suite")
+            if suite.startswith("emoji"):
+                emoji.load(emoji.default_directory(self.experiment.data.dir))
 
     def _languages(self) -> tuple[str, ...]:
         """Those the suite asks in."""
@@ -80,7 +106,9 @@ class Scoring:
     def model(self, state: TrainState) -> tuple[Bundle, Captioner | None]:
         """What loading a checkpoint of this state would give, around the same arrays."""
         params = state.params if state.ema is None else state.ema
-        bundle = bundle_lib.around(self.saved, params, mesh=self.mesh)
+        found = bundle_lib.around(self.saved, params, mesh=self.mesh)
+        parts = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
+        bundle = _Beating(**parts, beat=functools.partial(self.beat, int(state.step)))
         experiment = self.saved.experiment
         writes = experiment is not None and experiment.loss.caption.weight > 0
         if not (writes and experiment and isinstance(bundle.tokenizer, Speller)):

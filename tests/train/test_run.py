@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from PIL import Image
 
 from m2jax import config
 from m2jax.bundle import load
@@ -147,19 +148,26 @@ def test_validation_rows_tell_of_the_steps_own_checkpoint(tmp_path, monkeypatch)
     cfg = toy.experiment(monkeypatch, log_every=8)
     best = config.Checkpoint(every=100, keep=1, best="zero_shot/x/top1")
     cfg = dataclasses.replace(cfg, eval=config.Eval(suite="emoji", every=4), checkpoint=best)
-    asked = []
+    asked, loaded = [], []
 
     def run_suite(model, *, suite, **others):
         asked.append(suite)
+        beats.clear()
+        model.encode_text(np.ones((1, 6), np.int32), np.ones((1, 6), np.bool_))
+        model.preprocess([Image.new("RGB", (9, 9))])
+        assert beats == [4 * len(asked) if suite != "emoji" else 8] * 2  # a long suite is no stall
         count = float(np.abs(model.params["text_embed"]).sum())
         figure = count - 100 * len(asked)  # the first is the best
         seen.append((figure, count))
         return scoring.Evaluation({"zero_shot/x/top1": figure, "baseline/chance/x/top1": 1.0}, [])
 
-    seen = []
+    seen, beats = [], []
     monkeypatch.setattr(scoring, "run_suite", run_suite)
     monkeypatch.setattr(scoring, "write_report", lambda *_: None)
+    monkeypatch.setattr(scoring.emoji, "load", loaded.append)
+    monkeypatch.setattr(main.Watchdog, "beat", lambda self, step: beats.append(step))
     main.run(cfg, tmp_path)
+    assert loaded  # before the first step: a host without the data is found then
     rows = read_rows(tmp_path / "metrics.jsonl")
     assert asked == ["emoji-validation", "emoji-validation", "emoji"]
     assert [row["step"] for row in rows] == [4, 8]
@@ -169,6 +177,16 @@ def test_validation_rows_tell_of_the_steps_own_checkpoint(tmp_path, monkeypatch)
         assert count == float(np.abs(saved).sum())
         assert row["zero_shot/x/top1"] == figure
     assert (tmp_path / "checkpoints" / "best").read_text() == "4\n"  # with keep=1, kept as the best
+
+
+def test_a_run_that_is_told_to_end_saves_and_does_not_score(tmp_path, monkeypatch):
+    cfg = toy.experiment(monkeypatch, log_every=8)
+    cfg = dataclasses.replace(cfg, eval=config.Eval(suite="emoji", every=4))
+    monkeypatch.setattr(scoring.emoji, "load", lambda where: None)
+    monkeypatch.setattr(scoring, "run_suite", lambda *_, **__: pytest.fail("scored"))
+    monkeypatch.setattr(main.Preemption, "reached", lambda self, step: step == 4)
+    assert main.run(cfg, tmp_path) == main.PREEMPTED
+    assert (tmp_path / "checkpoints" / "4").is_dir()
 
 
 def test_a_suite_that_could_not_run_at_the_end_is_refused_at_the_start(tmp_path, monkeypatch):
