@@ -23,6 +23,7 @@ def words(release, dst, *more):
     return ["convert", "import", str(file), str(dst), "--arch", str(arch), *more]
 
 
+@pytest.mark.slow
 def test_import_and_export(tmp_path, release, capsys):
     assert main(words(release, tmp_path / "model")) == 0
     shown = capsys.readouterr().out

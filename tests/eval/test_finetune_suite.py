@@ -52,6 +52,7 @@ def test_it_learns_and_leaves_the_model_as_it_was(bundle):
     assert again.losses == tuned.losses
 
 
+@pytest.mark.slow
 def test_the_devices_share_its_batches_and_the_losses_stay(bundle):
     mesh = local_mesh(2)
     places = params_lib.shardings(params_lib.abstract(bundle.config), mesh, AxisRules())

@@ -27,6 +27,7 @@ def matrix(rows, width):
     return right
 
 
+@pytest.mark.slow
 @given(
     seed=st.integers(0, 999),
     images=st.integers(2, 40),

@@ -154,7 +154,7 @@ def test_data_sets_on_a_store(model, tmp_path, monkeypatch, capsys):
         (["--model-devices", "0"], "--model-devices 0: must be at least 1"),
         (
             ["--suite", "retrieval", "--data", "x.jsonl", "--model-devices", "3"],
-            "there are 8: change",
+            "this process has 8: use a number",
         ),
         (["--suite", "nothing"], "no such suite: use one of cars"),
         (["--suite", "zero-shot", "--data", "x", "--templates", "none.txt"], "No such file"),

@@ -34,7 +34,7 @@ def figures(workdir):
     return {step: values for step, values in found.items() if values}
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_run_of_processes_that_share_no_folder(tmp_path, monkeypatch):
     whole, cut, url = tmp_path / "whole", tmp_path / "cut", "s3://runs/parts"
     slow = {"kind": "slow", "step": 6, "after": 0.6}  # jax looks for a signal once a second

@@ -127,6 +127,7 @@ def test_tuning_beats_zero_shot_on_a_held_out_slice(trained, tmp_path):
     assert after > zero_shot + 0.3, (zero_shot, after)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tower", ["text", pytest.param("image", marks=pytest.mark.slow)])
 def test_a_frozen_towers_features_stay_bit_for_bit(trained, tmp_path, tower):
     tsv = write(tmp_path / "own", 1, 3, inverted=True)
@@ -143,6 +144,7 @@ def test_a_frozen_towers_features_stay_bit_for_bit(trained, tmp_path, tower):
     assert same == {"image": tower == "image", "text": tower == "text"}
 
 
+@pytest.mark.slow
 def test_no_step_is_the_source_and_the_line_says_all(trained, tmp_path, capsys):
     tsv = write(tmp_path / "own", 1, 3, inverted=True)
     cfg = run_config(tsv, 5, model=OPEN, finetune=config.Finetune(init=str(trained)))
@@ -269,6 +271,7 @@ def dual_folder(place, family):
     return cfg
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family",
     [
@@ -310,6 +313,7 @@ def test_deeper_layers_learn_slower():
     )
 
 
+@pytest.mark.slow
 def test_layer_decay_scales_the_whole_update(trained, tmp_path):
     """Without gradient noise: one step of AdamW moves a parameter by its rate, decay included."""
     from m2jax.optim import make_optimizer

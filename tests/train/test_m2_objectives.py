@@ -183,6 +183,7 @@ def test_cmim_is_the_mean_over_hidden_patches_of_the_text_it_belongs_to(wide, wh
     )
 
 
+@pytest.mark.slow
 def test_a_hidden_word_gives_nothing_away(wide, monkeypatch):
     task, params, batch = setting(experiment(monkeypatch, masked_tokens={"weight": 0.0}))
     ask = asked(task, monkeypatch)
@@ -204,6 +205,7 @@ def test_a_hidden_word_gives_nothing_away(wide, monkeypatch):
     assert (changed[shown.any(1)][:, 1] > 1e-9).all()
 
 
+@pytest.mark.slow
 def test_a_hidden_patch_gives_nothing_away_and_the_text_is_read(wide, monkeypatch):
     task, params, batch = setting(experiment(monkeypatch, masked_text={"weight": 0.0}))
     ask = asked(task, monkeypatch)

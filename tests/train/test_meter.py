@@ -23,6 +23,7 @@ def rows(folder):
     return read_rows(folder / "metrics.jsonl")
 
 
+@pytest.mark.slow
 def test_a_row_says_where_time_and_memory_went(tmp_path, monkeypatch):
     cfg = toy.experiment(monkeypatch, log_every=2)
     main.run(dataclasses.replace(cfg, log=config.Log(profile="3:5")), tmp_path)
@@ -130,6 +131,7 @@ def test_skipped_steps_are_counted_between_rows_and_over_restarts(tmp_path, monk
     assert rows(tmp_path)[-1]["skipped_total"] == 3
 
 
+@pytest.mark.slow
 def test_the_batch_that_ends_a_run_is_saved_and_named(tmp_path, monkeypatch):
     cfg = toy.experiment(monkeypatch, guard=config.Guard(patience=2, rewinds=0))
     monkeypatch.setitem(toy.loader.SOURCES, "toy", Marked)
@@ -143,6 +145,7 @@ def test_the_batch_that_ends_a_run_is_saved_and_named(tmp_path, monkeypatch):
             np.testing.assert_array_equal(saved[name], value)
 
 
+@pytest.mark.slow
 def test_the_realised_mixture_is_logged(tmp_path, monkeypatch):
     class Parts(toy.ToySource):
         parts = ("en", "zh")

@@ -64,6 +64,7 @@ def test_an_interrupted_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, mo
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+@pytest.mark.slow
 def test_eight_devices_equal_one(monkeypatch):
     cfg = toy.experiment(monkeypatch, augment=True)
     found = []
@@ -103,6 +104,7 @@ def test_the_guard_skips_what_is_not_finite_and_what_jumps():
     assert bool(accept(guard, state, jnp.float32(1), jnp.float32(4)))
 
 
+@pytest.mark.slow
 def test_a_poisoned_step_changes_nothing_and_many_rewind_then_stop(tmp_path, monkeypatch):
     cfg = toy.experiment(monkeypatch, guard=config.Guard(patience=2, rewinds=1))
     real = ImageTextTask.loss
@@ -118,6 +120,7 @@ def test_a_poisoned_step_changes_nothing_and_many_rewind_then_stop(tmp_path, mon
     assert all(np.isnan(row["loss"]) for row in read_rows(tmp_path / "metrics.jsonl"))
 
 
+@pytest.mark.slow
 def test_a_rewind_passes_over_checkpoints_that_the_spike_led_to(tmp_path, monkeypatch):
     """Steps 5, 6 and 7 are poisoned; 4 and 6 were saved: the run goes back to 2."""
     cfg = toy.experiment(monkeypatch, guard=config.Guard(patience=3))
@@ -214,6 +217,7 @@ def test_a_best_that_nothing_measures_is_refused_early(tmp_path, monkeypatch, ev
     assert read_rows(tmp_path / "metrics.jsonl") == []  # before the first row
 
 
+@pytest.mark.slow
 def test_a_start_that_fails_leaves_the_runs_config_alone(tmp_path, monkeypatch):
     cfg = toy.experiment(monkeypatch, steps=2)
     main.run(cfg, tmp_path)

@@ -52,6 +52,7 @@ def test_in_and_out_again_is_the_same_file(tmp_path, dtype):
     assert f"{sum(t.size for t in tensors.values()):,} parameters, {dtype}" in text
 
 
+@pytest.mark.slow
 def test_out_and_in_again_is_the_same_model(tmp_path):
     """A model of ours, with its own tokenizer and preprocessing, over eight devices."""
     tokenizer = SentencePieceTokenizer(train_tokenizer([f"word{i}" for i in range(40)], 90), 6)

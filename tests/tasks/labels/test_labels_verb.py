@@ -175,6 +175,7 @@ def test_bad_input_of_predict(model, trained, pictures, tmp_path, capsys):
     assert not (tmp_path / "x.json").exists()
 
 
+@pytest.mark.slow
 def test_learned_contexts_fit_the_sentences_and_padding_does_not_matter(model):
     bundle = m2jax.load(model)
     words = vocabulary.checked([{"en": ["red"]}, {"en": ["green"]}, {"en": ["blue"]}])

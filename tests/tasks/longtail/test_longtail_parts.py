@@ -229,6 +229,7 @@ def accuracy(params, data, settings):
     return (found == data.labels).mean(), (found == data.labels)[data.labels >= 8].mean()
 
 
+@pytest.mark.slow
 def test_metadata_and_adjusted_logits_help_where_they_should(tail):
     train, test = tail
     found = {}
@@ -282,6 +283,7 @@ def test_the_metadata_token_is_encoded_as_metaformer_does_and_starts_near_none()
     assert 0 < np.abs(model.body(start, rows, side, settings) - alone).max() < 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("by", "side"), [("simclr", "dynamic"), ("moco", "token")])
 def test_views_without_labels_are_contrasted_beside_the_labels(tail, by, side):
     train, test = tail
@@ -311,6 +313,7 @@ def test_views_without_labels_are_contrasted_beside_the_labels(tail, by, side):
         model.train(train, 12, settings)
 
 
+@pytest.mark.slow
 def test_the_slow_encoder_gives_the_keys_gets_no_gradient_and_follows(tail):
     settings = Settings(side="none", contrast=1.0, contrast_by="moco")
     keys = jax.random.split(jax.random.key(0), 2)

@@ -66,6 +66,7 @@ def losses(cfg, mesh_name, steps):
     return found, task, state.params
 
 
+@pytest.mark.slow
 def test_eight_devices_train_as_one():
     """The hardest pairs of the global batch, by the trainer's own step."""
     one, task, params = losses(PLAIN, 1, 12)

@@ -145,6 +145,7 @@ def test_a_refused_step_leaves_the_statistics():
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "advbct"])
 def test_other_methods_add_their_loss_and_leave_the_adversary(method):
     task = CompatibleTask(filled(method), None if method == "none" else old())
