@@ -99,10 +99,9 @@ class Bundle:
         All processes of a mesh call this with the same inputs and get the same, whole, features.
         """
         mesh = self.mesh
-        if mesh is None:
-            return encode(self.graph, None, self.params, *map(jnp.asarray, inputs))
-        rows = (spread(each, mesh) for each in inputs)
-        return encode(self.graph, mesh, self.params, *rows)[: len(inputs[0])]
+        rows = [spread(each, mesh) for each in inputs]
+        found, count = encode(self.graph, mesh, self.params, *rows), len(inputs[0])
+        return found if len(found) == count else found[:count]
 
     @property
     def mesh(self) -> Mesh | None:

@@ -117,8 +117,7 @@ class Captioner:
 
     def _placed(self, *inputs: np.ndarray) -> list[jax.Array]:
         """Rows where the parameters lie; see ``Bundle``."""
-        mesh = self.bundle.mesh
-        return [jnp.asarray(x) if mesh is None else spread(x, mesh) for x in inputs]
+        return [spread(each, self.bundle.mesh) for each in inputs]
 
     def _check_language(self, language: str) -> None:
         if language not in self.languages:

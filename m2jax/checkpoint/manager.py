@@ -27,6 +27,7 @@ from m2jax import architectures, config_dual
 from m2jax import config as config_lib
 from m2jax.checkpoint import parts as parts_lib
 from m2jax.checkpoint.late_reads import silence_late_reads
+from m2jax.checkpoint.orbax_manager import Manager
 from m2jax.checkpoint.retention import Best, retention
 from m2jax.checkpoint.store import DamagedError
 from m2jax.config import UserError
@@ -41,19 +42,6 @@ class Restored(NamedTuple):
     step: int
     state: Any
     data: dict[str, Any]
-
-
-class _Manager(ocp.CheckpointManager):
-    """Orbax's, which leaves preemption to the loop.
-
-    It would ask jax's preemption service again when a save ends, with that save's step. The service
-    takes the last step it was asked about for where the process is, and agrees on the one after:
-    processes that were steps ahead never came there, or only some of them did.
-    """
-
-    def reached_preemption(self, step: int) -> bool:
-        """Never: a save is started by who knows."""
-        return False
 
 
 class Checkpoints:
@@ -95,7 +83,7 @@ class Checkpoints:
             options = dataclasses.replace(options, **parts_lib.alone_options())
             registry = parts_lib.registry()
         where = folder(workdir)
-        self._manager = _Manager(where, options=options, handler_registry=registry)
+        self._manager = Manager(where, options=options, handler_registry=registry)
 
     def save(
         self,

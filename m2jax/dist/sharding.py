@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -96,11 +97,14 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def spread(array: np.ndarray | jax.Array, mesh: Mesh) -> jax.Array:
+def spread(array: np.ndarray | jax.Array, mesh: Mesh | None) -> jax.Array:
     """Rows that every process of a mesh has whole, shared out over its batch axes.
 
-    The last row fills up what does not divide: whoever takes the result cuts off the rest.
+    The last row fills up what does not divide: whoever takes the result cuts off the rest. Without
+    a mesh they go to one device as they are.
     """
+    if mesh is None:
+        return jnp.asarray(array)
     rows = np.asarray(array)
     missing = -len(rows) % batch_shards(mesh.shape)
     rows = np.concatenate([rows, np.repeat(rows[-1:], missing, axis=0)])

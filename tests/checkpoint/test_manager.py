@@ -63,7 +63,7 @@ def saved(workdir, steps, metrics=None, *, later=False, **cfg):
 
 
 def test_a_save_does_not_tell_the_preemption_service_where_the_run_is(tmp_path, monkeypatch):
-    """It is behind the run by then; see ``_Manager``."""
+    """It is behind the run by then; see ``orbax_manager.Manager``."""
     asked = []
     monkeypatch.setattr(
         multihost_utils, "reached_preemption_sync_point", lambda step: asked.append(step) or False
