@@ -49,12 +49,8 @@ ROWS = {
     "image alone, filter by place": (PLAIN, PLACED, False),
     "the same, adjusted logits": (replace(PLAIN, loss="adjusted"), PLACED, False),
     "the same, post hoc, tau 0.7": (PLAIN, replace(PLACED, tau=0.7), False),
-    # The contrast brings a residual block; at this weight it is that block and no contrast.
-    "the same, a block alone": (
-        replace(PLAIN, contrast=1e-9, contrast_by="moco"),
-        PLACED,
-        False,
-    ),
+    "the same, a residual block": (replace(PLAIN, block=True), PLACED, False),
+    # Both contrasts have that block too.
     "the same, SimCLR": (replace(PLAIN, contrast=0.1), PLACED, False),
     "the same, MoCo-v3": (replace(PLAIN, contrast=0.1, contrast_by="moco"), PLACED, False),
     "+ metadata, dynamic MLP": (SIDE, ONE, False),

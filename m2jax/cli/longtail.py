@@ -34,6 +34,9 @@ def add_parser(subparsers: Any) -> None:
     train.add_argument("--keep", type=float, default=1.0, help="share of hardest examples (all)")
     train.add_argument("--oversample", action="store_true", help="repeat images of rare classes")
     train.add_argument(
+        "--block", action="store_true", help="a residual block on the features, before the classes"
+    )
+    train.add_argument(
         "--contrast", type=float, default=0.0, help="weight of two views' contrast (0.001 there)"
     )
     train.add_argument(
@@ -86,7 +89,7 @@ def run_train(args: argparse.Namespace) -> int:
 
     check_absent(args.out)
     _check_batch(args)
-    names = "side loss tau keep oversample contrast contrast_by epochs seed".split()
+    names = "side loss tau keep oversample block contrast contrast_by epochs seed".split()
     made = {name: getattr(args, name) for name in names}
     Settings(**made)
     if args.contrast_by != "simclr" and not args.contrast:

@@ -45,6 +45,7 @@ class Settings:
     learning_rate: float = 2e-3
     weight_decay: float = 1e-2
     smoothing: float = 0.1  # of labels
+    block: bool = False  # a residual block on the features; a contrast always has one
     contrast: float = 0.0  # weight of two views' contrast; the public code's is 0.001
     contrast_by: Literal["simclr", "moco"] = "simclr"
     seed: int = 0
@@ -63,6 +64,11 @@ class Settings:
                 raise UserError(f"{name}={getattr(self, name)}: must be a number not below 0")
         if not 0 <= self.seed < 2**31:
             raise UserError(f"seed={self.seed}: must be at least 0 and below 2^31")
+
+    @property
+    def has_block(self) -> bool:
+        """Whether a residual block is trained on the features: views are contrasted behind it."""
+        return self.block or self.contrast > 0
 
     @property
     def trained_adjustment(self) -> bool:
@@ -109,9 +115,10 @@ def initialise(rng: Array, dim: int, width: int, classes: int, settings: Setting
         params |= fusion.initialise(rng, dim, width)
     elif settings.side == "token":
         params |= fusion.initialise_token(jax.random.fold_in(rng, 1), dim, width)
-    if settings.contrast:
-        key = jax.random.fold_in(rng, 2)
+    key = jax.random.fold_in(rng, 2)
+    if settings.has_block:
         params["block"] = fusion.initialise_block(key, dim)
+    if settings.contrast:
         params["project"] = {"kernel": dim**-0.5 * jax.random.normal(key, (dim, PROJECTED))}
     if settings.contrast and settings.contrast_by == "moco":
         params["predict"] = fusion.initialise_block(jax.random.fold_in(rng, 3), PROJECTED)
@@ -145,7 +152,7 @@ def body(
         x = fusion.fuse(params["fusion"], x, fusion.encode_side(params["encoder"], side))
     elif settings.side == "token":
         x = x + fusion.linear(params["token"], fusion.encode_token(params["encoder"], side))
-    return fusion.residual_norm(params["block"], x) if settings.contrast else x
+    return fusion.residual_norm(params["block"], x) if settings.has_block else x
 
 
 def contrasted(

@@ -347,3 +347,18 @@ def test_every_step_moves_the_slow_encoder(tail, monkeypatch):
         settings = Settings(side="none", epochs=2, batch=128, contrast=0.5, contrast_by=by)
         model.train(tail[0], 12, settings, model.Pairs(rows, tail[1].side))
         assert len(moved) == traced
+
+
+def test_a_residual_block_tells_classes_that_no_line_divides():
+    rng = np.random.default_rng(0)
+    features = rng.choice([-1.0, 1.0], (512, 8)).astype(np.float32)
+    labels = (features[:, 0] * features[:, 1] > 0).astype(np.int64)
+    data = model.Data(features, np.zeros((512, 2), np.float32), labels)
+    found = {}
+    for block in (False, True):
+        change = {"side": "none", "loss": "plain", "block": block, "learning_rate": 5e-2}
+        settings = Settings(**{**FAST.__dict__, **change})
+        params = model.train(data, 2, settings)
+        scores = model.logits(params, jnp.asarray(features), jnp.asarray(data.side), settings)
+        found[block] = (np.asarray(scores).argmax(1) == labels).mean()
+    assert found[False] < 0.65 < 0.95 < found[True]

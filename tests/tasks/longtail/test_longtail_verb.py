@@ -83,7 +83,7 @@ def test_a_momentum_encoder_on_images_without_labels(model, trained, tmp_path, c
     words += ["--side", "none"]
     assert main([*words, "--out", str(tmp_path / "c")]) == 2
     assert "--contrast-by moco: serves --contrast alone" in capsys.readouterr().err
-    assert main([*words, "--out", str(tmp_path / "c"), "--contrast", "0.01"]) == 0
+    assert main([*words, "--out", str(tmp_path / "c"), "--contrast", "0.01", "--block"]) == 0
     found = saved.read(tmp_path / "c")
     assert found.settings.contrast_by == "moco"
     assert "predict" in found.params
