@@ -18,16 +18,11 @@ A finished row leaves a file named by the code of m2jax/ and the config, and is 
 that was cut off goes on from its checkpoint.
 """
 
-import argparse
-import hashlib
-import json
 import shutil
-import statistics
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
-from code_tree import tree
+import row_table
 
 from m2jax.config import UserError
 from m2jax.tasks import embedder
@@ -51,6 +46,7 @@ ROWS = {  # by row: method
     "LCE": "lce",
     "Hot-refresh": "hot-refresh",
 }
+SPLITS = {"test": ROWS}
 COLUMNS = [f"{part} {test}" for part in PARTS for test in ("self", "cross", "old self")]
 COLUMNS += ["P_up", "P_comp", "P_1", "seconds"]
 
@@ -81,7 +77,7 @@ class Bench:
     """The rows under one folder."""
 
     def __init__(self, args):
-        self.out, self.args, self.tree = args.out.absolute(), args, tree()
+        self.args = args
         self.sets = {}
 
     def data(self):
@@ -93,9 +89,9 @@ class Bench:
         names = [str(n) for n in range(int(labels.max()) + 1)]
         return Labelled(train.images, labels, names)
 
-    def model(self, row, seed, file):
+    def model(self, row, seed):
         """Trained, or read where it was."""
-        folder = self.out / "runs" / file.stem
+        folder = self.args.out.absolute() / "runs" / row_table.run_name(self.made(row, seed))
         if embedder.is_folder(folder):
             return embedder.read(folder)
         settings, recipe, start = config(row, seed, self.args)
@@ -103,7 +99,7 @@ class Bench:
         if row == "old":
             data = training_sets.some_classes(data, SHARE)
         elif row != "alone":
-            old = self.model("old", seed, self.file("old", seed))
+            old = self.model("old", seed)
             data, stored = training_sets.stored_by(old, data, batch=256)
         folder.parent.mkdir(parents=True, exist_ok=True)
         made = train_compatible.train(
@@ -117,7 +113,7 @@ class Bench:
         side = self.sets[part].query
         if row == "chance":
             return np.random.default_rng(seed).normal(size=(len(side.images), 64))
-        model = self.model(row, seed, self.file(row, seed))
+        model = self.model(row, seed)
         return evaluate.embed(model, side, 256, lambda _: None)
 
     def make(self, row, seed):
@@ -146,29 +142,21 @@ class Bench:
             except UserError as error:  # trained alone no better than the old one
                 found["no scores"] = str(error)
         if row != "chance":
-            report = self.model(row, seed, self.file(row, seed)).report
+            report = self.model(row, seed).report
             found["seconds"] = report["seconds"]
         return found
 
-    def file(self, row, seed):
-        """Of the row's figures."""
+    def made(self, row, seed):
+        """All that the row's figures depend on."""
         settings, recipe, _ = config(row, seed, self.args)
-        made = [row, SHARE, asdict(settings), asdict(recipe), self.args.init, self.args.old_epochs]
-        code = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:10]
-        return self.out / f"{self.tree}-{code}.json"
+        return [row, SHARE, asdict(settings), asdict(recipe), self.args.init, self.args.old_epochs]
 
     def figures(self, row, seed):
         """The row's figures; made if they are not there."""
-        file = self.file(row, seed)
-        if file.exists():
-            return json.loads(file.read_text())
-        if self.args.dry_run:
-            return None
-        found = {"row": row, "seed": seed, **self.make(row, seed)}
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(found, indent=1) + "\n")
-        temporary.rename(file)
-        return found
+        return row_table.figures(
+            self.args.out, self.made(row, seed), lambda: self.make(row, seed),
+            dry=self.args.dry_run,
+        )  # fmt: skip
 
 
 def unit(x):
@@ -176,41 +164,15 @@ def unit(x):
     return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
 
 
-def table(found):
-    """Mean and standard deviation over the seeds that are there."""
-    lines = [f"| row | seeds | {' | '.join(COLUMNS)} |", f"|{'---|' * (len(COLUMNS) + 2)}"]
-    for row, there in found.items():
-        cells = []
-        for name in COLUMNS:
-            values = [each[name] for each in there if name in each]
-            spread = f" ± {statistics.stdev(values):.1f}" if len(set(values)) > 1 else ""
-            cells.append(f"{statistics.fmean(values):.1f}{spread}" if values else "")
-        lines.append(f"| {row} | {len(there)} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def main():
-    """Makes what is missing, seed by seed, so that a cut table still compares all rows."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    """Makes what is missing and prints the table."""
+    parser = row_table.arguments(__doc__, SPLITS)
     parser.add_argument("--init", default="", help="a model to start from; default: from nothing")
     parser.add_argument("--epochs", type=int, default=16)
     parser.add_argument("--old-epochs", type=int, default=4)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--dry-run", action="store_true", help="only show what is there")
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    bench = Bench(args)
-    found = {row: [] for row in args.rows}
-    for seed in args.seeds:
-        for row in args.rows:
-            figures = bench.figures(row, seed)
-            if figures is not None:
-                found[row].append(figures)
-                print(row, seed, {k: round(figures.get(k, 0), 1) for k in COLUMNS}, flush=True)
-    print(table(found))
+    args = row_table.parsed(parser, SPLITS)
+    row_table.walk(args, Bench(args).figures, COLUMNS)
 
 
 if __name__ == "__main__":

@@ -17,16 +17,11 @@ A finished row leaves a file named by the code of m2jax/ and the config, and is 
 that was cut off goes on from its checkpoint.
 """
 
-import argparse
-import hashlib
-import json
 import shutil
-import statistics
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
-from code_tree import tree
+import row_table
 
 from m2jax import bundle
 from m2jax.tasks import embedder
@@ -51,6 +46,7 @@ ROWS = {
     "or: scenes reversed": {"scenes": "reversal", "scene_weight": 0.5},
     "or: scenes confused": {"scenes": "confusion", "scene_weight": 0.5},
 }
+SPLITS = {"test": ROWS}
 COLUMNS = ("known mAP", "known R1", "new mAP", "new R1", "style told", "numbers", "seconds")
 
 
@@ -126,7 +122,7 @@ class Bench:
     """The rows under one folder."""
 
     def __init__(self, args):
-        self.out, self.args, self.tree = args.out.absolute(), args, tree()
+        self.args = args
         self.sets = {}
 
     def data(self):
@@ -137,7 +133,7 @@ class Bench:
         return self.sets
 
     def make(self, row, seed, folder):
-        """The figures of a row."""
+        """The figures of a row; a training goes on in the folder."""
         if row == "start":
             return figures(bundle.load(self.args.init), self.data())
         if ROWS[row] is None:
@@ -146,6 +142,7 @@ class Bench:
         data = self.data()["known"]
         folder.parent.mkdir(parents=True, exist_ok=True)
         model = train.train(data, settings, recipe, folder, start=start, show=False)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         return figures(model, self.data()) | {"seconds": model.report["seconds"]}
 
     def figures(self, row, seed):
@@ -154,55 +151,22 @@ class Bench:
         if ROWS[row] is not None:
             settings, recipe, _ = config(row, seed, self.args)
             made = [asdict(settings), asdict(recipe), self.args.init]
-        code = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:10]
-        file = self.out / f"{self.tree}-{code}.json"
-        if file.exists():
-            return json.loads(file.read_text())
-        if self.args.dry_run or (row == "start" and not self.args.init):
-            return None
-        folder = self.out / "runs" / file.stem
-        found = {"row": row, "seed": seed, **self.make(row, seed, folder)}
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(found, indent=1) + "\n")
-        temporary.rename(file)
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        return found
-
-
-def table(found):
-    """Mean and standard deviation over the seeds that are there."""
-    lines = [f"| row | seeds | {' | '.join(COLUMNS)} |", f"|{'---|' * (len(COLUMNS) + 2)}"]
-    for row, there in found.items():
-        cells = []
-        for name in COLUMNS:
-            values = [each[name] for each in there if name in each]
-            spread = f" ± {statistics.stdev(values):.1f}" if len(set(values)) > 1 else ""
-            cells.append(f"{statistics.fmean(values):.1f}{spread}" if values else "")
-        lines.append(f"| {row} | {len(there)} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        folder = self.args.out.absolute() / "runs" / row_table.run_name(made)
+        return row_table.figures(
+            self.args.out, made, lambda: self.make(row, seed, folder), dry=self.args.dry_run
+        )
 
 
 def main():
-    """Makes what is missing, seed by seed, so that a cut table still compares all rows."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    """Makes what is missing and prints the table."""
+    parser = row_table.arguments(__doc__, SPLITS)
     parser.add_argument("--init", default="", help="a model to start from; default: from nothing")
     parser.add_argument("--epochs", type=int, default=24)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--dry-run", action="store_true", help="only show what is there")
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    bench = Bench(args)
-    found = {row: [] for row in args.rows}
-    for seed in args.seeds:
-        for row in args.rows:
-            figures = bench.figures(row, seed)
-            if figures is not None:
-                found[row].append(figures)
-                print(row, seed, {k: round(figures.get(k, 0), 1) for k in COLUMNS}, flush=True)
-    print(table(found))
+    args = row_table.parsed(parser, SPLITS)
+    if not args.init:
+        args.rows = [row for row in args.rows if row != "start"]
+    row_table.walk(args, Bench(args).figures, COLUMNS)
 
 
 if __name__ == "__main__":

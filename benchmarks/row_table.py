@@ -56,6 +56,11 @@ def digest(config):
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:10]
 
 
+def run_name(config):
+    """What the code of m2jax/ makes of a config is named so."""
+    return f"{_all_code()}-{digest(config)}"
+
+
 def figures(folder, config, make, *, dry=False):
     """Figures by name, read where they were made before by the same code with the same config.
 
@@ -65,7 +70,7 @@ def figures(folder, config, make, *, dry=False):
         make: gives the figures.
         dry: make nothing; ``None`` where there are none.
     """
-    file = folder / f"{_all_code()}-{digest(config)}.json"
+    file = folder / f"{run_name(config)}.json"
     if file.exists():
         return json.loads(file.read_text())["figures"]
     if dry:
