@@ -40,18 +40,21 @@ GRIDS = {
     "DP": {"discontinue": (3, 9), "ave_sim": (1.3, 1.5, 1.7), "min_length": (1, 5)},
     "DTW": {"discontinue": (3, 9), "min_sim": (0.3, 0.5), "min_length": (1, 5)},
 }
-# Method, window, keyframes: "all", "uniform", "ske" (trained alone) or "ssan" (with the detector).
+# Method, window, keyframes: "all", "uniform", "ske" (trained alone) or "ssan" (with the detector);
+# and what a detector starts from.
 ROWS = {
-    "HV": ("HV", 1, "all"),
-    "TN": ("TN", 1, "all"),
-    "DP": ("DP", 1, "all"),
-    "DTW": ("DTW", 1, "all"),
-    "SPD": ("SPD", 1, "all"),
-    "SSAN": ("SPD", WINDOW, "ssan"),
-    "SPD, uniform": ("SPD", WINDOW, "uniform"),
-    "SPD, SKE": ("SPD", WINDOW, "ske"),
-    "TN, uniform": ("TN", WINDOW, "uniform"),
-    "TN, SKE": ("TN", WINDOW, "ske"),
+    "HV": ("HV", 1, "all", ""),
+    "TN": ("TN", 1, "all", ""),
+    "DP": ("DP", 1, "all", ""),
+    "DTW": ("DTW", 1, "all", ""),
+    "SPD": ("SPD", 1, "all", ""),
+    "SSAN": ("SPD", WINDOW, "ssan", ""),
+    "SPD, uniform": ("SPD", WINDOW, "uniform", ""),
+    "SPD, SKE": ("SPD", WINDOW, "ske", ""),
+    "TN, uniform": ("TN", WINDOW, "uniform", ""),
+    "TN, SKE": ("TN", WINDOW, "ske", ""),
+    "SSAN, from SPD": ("SPD", WINDOW, "ssan", "SPD"),
+    "SPD, uniform, from SPD": ("SPD", WINDOW, "uniform", "SPD"),
 }
 TESTS = {"seen": video_clips.SEEN, "held out": video_clips.HELD_OUT}
 COLUMNS = {
@@ -77,10 +80,10 @@ class Bench:
 
     def code(self, row, seed):
         """Names what a row depends on."""
-        method, window, kept = ROWS[row]
+        method, window, kept, begun = ROWS[row]
         kind = "ssan" if kept == "ssan" else "spd"
         settings = asdict(self.settings(kind, window, seed)) if method == "SPD" else GRIDS[method]
-        own = [row, settings, window, kept, self.steps if kept == "ske" else 0, seed, CONFS]
+        own = [row, settings, window, kept, begun, self.steps if kept == "ske" else 0, seed, CONFS]
         own += [
             TRAINING,
             TEST,
@@ -136,18 +139,22 @@ class Bench:
 
     def chosen(self, row, seed, train):
         """The keyframes of a row, its candidates for a method, and seconds of training."""
-        method, window, kept = ROWS[row]
-        extractor, seconds = None, 0.0
+        method, window, kept, begun = ROWS[row]
+        start, seconds = None, 0.0
         if kept == "ske":
-            extractor = self.part("ske", window, seed, train)
-            seconds += extractor.report["seconds"]
+            start = self.part("ske", window, seed, train)
+        elif begun:
+            start = self.part("spd", 1, seed, train, None, "spd-all")
+        if start is not None:
+            seconds += start.report["seconds"]
         if method != "SPD":
-            own = extractor or ssan.Part(self.settings("spd", window, seed), 0)
+            own = start or ssan.Part(self.settings("spd", window, seed), 0)
             grid = GRIDS[method]
             tried = [dict(zip(grid, v, strict=True)) for v in itertools.product(*grid.values())]
             return pattern.Keyframes(own), [classical(method, one) for one in tried], seconds
         kind = "ssan" if kept == "ssan" else "spd"
-        part = self.part(kind, window, seed, train, extractor, f"{kind}-{kept}")
+        name = f"{kind}-{kept}-from-{begun.lower()}" if begun else f"{kind}-{kept}"
+        part = self.part(kind, window, seed, train, start, name)
         seconds += part.report["seconds"]
         return pattern.Keyframes(part), [pattern.Spd(part, conf=c) for c in CONFS], seconds
 

@@ -99,7 +99,7 @@ def new_detector(settings: Settings) -> Detector:
 
 def new_scorer(settings: Settings, dim: int) -> Scorer:
     """With first parameters."""
-    return Scorer(dim, HIDDEN, rngs=nnx.Rngs(settings.seed + 1))
+    return Scorer(dim, HIDDEN, settings.window, rngs=nnx.Rngs(settings.seed + 1))
 
 
 class Kept(NamedTuple):

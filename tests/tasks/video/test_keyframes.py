@@ -103,10 +103,23 @@ def test_times_of_keyframes_have_no_bias(window):
 def test_the_scorer_looks_at_neighbours_alone():
     from flax import nnx
 
-    scorer = keyframes.Scorer(6, 8, rngs=nnx.Rngs(0))
+    scorer = keyframes.Scorer(6, 8, 4, rngs=nnx.Rngs(0))
     scorer.second.kernel[...] = jax.random.normal(jax.random.key(1), (3, 8, 1))
     features = unit(np.random.default_rng(0), 1, 30, 6)
     before = scorer(jnp.array(features))
     features[0, 15] = -features[0, 15]
     changed = np.flatnonzero(np.abs(scorer(jnp.array(features)) - before)[0] > 1e-6)
     assert changed.tolist() == [12, 13, 14, 15, 16, 17, 18]
+
+
+@pytest.mark.parametrize("window", [2, 3, 4, 7])
+def test_before_training_the_middle_of_each_window_is_kept(window):
+    from flax import nnx
+
+    scorer = keyframes.Scorer(6, 8, window, rngs=nnx.Rngs(0))
+    features = unit(np.random.default_rng(0), 1, 5 * window, 6)
+    found = np.array(scorer(jnp.array(features)))[0]
+    kept = keyframes.highest(found, window)
+    np.testing.assert_array_equal(kept, keyframes.uniform(5 * window, window))
+    share = np.exp(found[:window] - found[:window].max())
+    assert (share / share.sum()).max() > 0.9

@@ -50,7 +50,7 @@ def test_keyframes_of_a_batch_equal_the_plain_ones(learned):
         x[row, length:] = 0
     scorer = None
     if learned:
-        scorer = keyframes.Scorer(8, 4, rngs=nnx.Rngs(0))
+        scorer = keyframes.Scorer(8, 4, 4, rngs=nnx.Rngs(0))
         scorer.second.kernel[...] = jax.random.normal(jax.random.key(1), (3, 4, 1))
     seen = np.zeros((3, 24), bool)
     found = ssan._keep(scorer, jnp.array(x), jnp.array(lengths), x, seen, window, None)
