@@ -51,7 +51,7 @@ class Scorer(nnx.Module):
         # Unit rows have entries of 1 / sqrt(dim): brought to the size that layers start with.
         scaled = features * features.shape[-1] ** 0.5
         seen = self.second(jax.nn.silu(self.first(scaled)))[..., 0]
-        return seen + jnp.resize(self.place[...], seen.shape[-1])
+        return seen + jnp.resize(self.place[...], seen.shape[-1:])
 
 
 def classes(
