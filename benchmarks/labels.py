@@ -67,7 +67,13 @@ SWEEP |= {
     if law != CHOSEN.noise
 }
 SWEEP |= {
-    f"residual, sigma {s}": replace(CHOSEN, kind="residual", sigma=s) for s in (0.0, 0.04, 0.126)
+    f"residual, sigma {s}": replace(CHOSEN, kind="residual", sigma=s)
+    for s in (0.0, 0.04, 0.126, 0.25, 0.5)
+}
+SWEEP |= {
+    f"residual {share}, sigma {s}": replace(CHOSEN, kind="residual", sigma=s, share=share)
+    for share in (0.2, 0.8)
+    for s in (0.126, 0.25)
 }
 SWEEP |= {
     f"rate {rate}, sigma {sigma}": replace(CHOSEN, learning_rate=rate, sigma=sigma)

@@ -70,6 +70,11 @@ ROWS = {
     "or: merging by vote": (ADJUSTED, replace(FILTER, merge="vote"), False),
     "or: merging by mean": (ADJUSTED, replace(FILTER, merge="mean"), False),
     "+ ensemble of three": (ADJUSTED, FILTER, True),
+    # With the filter and its views, without what is said to help above, and with the block.
+    "filter, views, metadata, plain": (SIDE, FILTER, False),
+    "filter, views, metadata, plain, block": (replace(SIDE, block=True), FILTER, False),
+    "filter, views, block": (replace(PLAIN, block=True), FILTER, False),
+    "filter, views, block, ensemble of three": (replace(PLAIN, block=True), FILTER, True),
 }
 SWEEP = {
     "adjusted, tau 0.4": (replace(ADJUSTED, tau=0.4), ONE, False),
