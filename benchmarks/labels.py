@@ -45,6 +45,8 @@ TEST = BASELINES | {
     "chosen + zero-shot": CHOSEN,
     "residual, no noise": replace(CHOSEN, sigma=0.0, kind="residual"),
     "residual": replace(CHOSEN, kind="residual"),
+    "residual, sigma 0.25": replace(CHOSEN, kind="residual", sigma=0.25),
+    "residual, sigma 0.5": replace(CHOSEN, kind="residual", sigma=0.5),
     "taidpt": prompt_tuning.Recipe(),
 }
 TEST = {k: v for k, v in TEST.items() if k not in (CHOSEN.noise, CHOSEN.loss)}

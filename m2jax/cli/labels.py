@@ -49,7 +49,7 @@ def _add_train(actions: Any) -> None:
     parser.add_argument("--normalize", default="", help="none or l2 (default: as the model allows)")
     parser.add_argument("--noise", default="gaussian", help="gaussian (default), uniform, sphere")
     parser.add_argument(
-        "--sigma", type=float, default=0.126, help="size of the noise (%(default)s)"
+        "--sigma", type=float, help="size of the noise (mlp: 0.126, residual: 0.25)"
     )
     parser.add_argument("--loss", default="ranking", help="ranking (default), asymmetric, bce")
     parser.add_argument(
@@ -123,7 +123,7 @@ def train(args: argparse.Namespace) -> int:
     from m2jax.dist.host import load_devices
     from m2jax.tasks.labels import corpus, features, saved, thresholds, vocabulary
     from m2jax.tasks.labels import train as train_lib
-    from m2jax.tasks.labels.adapter import Settings
+    from m2jax.tasks.labels.adapter import SIGMA, Settings
 
     check_absent(args.out)
     words = vocabulary.read(args.labels)
@@ -132,8 +132,9 @@ def train(args: argparse.Namespace) -> int:
         raise UserError(f"--sentences {args.sentences}: must be at least 2")
     made = {
         name: getattr(args, name)
-        for name in ("kind", "noise", "sigma", "loss", "epochs", "seed", "normalize")
+        for name in ("kind", "noise", "loss", "epochs", "seed", "normalize")
     }
+    made["sigma"] = SIGMA.get(args.kind, 0.0) if args.sigma is None else args.sigma
     settings = Settings(**{**made, "normalize": args.normalize or "l2"})
     writer = _writer(args)
     order = corpus.Order(words, languages, args.sentences or 40 * len(words), args.seed)

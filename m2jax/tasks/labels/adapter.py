@@ -25,6 +25,8 @@ from m2jax.config import UserError
 from m2jax.losses import multilabel
 
 Params = dict[str, Any]
+# Of the noise, by kind of adapter: what found most in scenes of validation (benchmarks/labels.md).
+SIGMA = {"mlp": 0.126, "residual": 0.25}
 COSINE_SCALE = 4.0  # logits per cosine, as TaI-DPT scales them
 
 
@@ -37,9 +39,7 @@ class Settings:
     share: float = 0.5  # of the adapter beside the feature itself; residual
     normalize: Literal["none", "l2"] = "none"  # of the features
     noise: Literal["gaussian", "uniform", "sphere"] = "gaussian"
-    # Standard deviation per entry, in units of the features' mean length. Of scenes in styles of
-    # validation 0.126 found most (benchmarks/labels.md); 0.25 and unit rows were close.
-    sigma: float = 0.126
+    sigma: float = SIGMA["mlp"]  # deviation per entry, in units of the features' mean length
     renormalize: bool = False  # unit rows again after the noise; l2
     loss: Literal["ranking", "asymmetric", "bce"] = "ranking"
     epochs: int = 20

@@ -22,7 +22,7 @@ from m2jax.tasks.labels import (
     vocabulary,
     zero_shot,
 )
-from m2jax.tasks.labels.adapter import Settings
+from m2jax.tasks.labels.adapter import SIGMA, Settings
 
 LABELS = "red|crimson\t红\ngreen\t绿\nblue\t蓝\n"
 
@@ -202,10 +202,17 @@ def test_learned_contexts_fit_the_sentences_and_padding_does_not_matter(model):
         )
 
 
-def test_the_verbs_defaults_are_those_of_the_settings():
+def test_the_verbs_defaults_are_those_of_the_settings(trained, capsys):
     parser = argparse.ArgumentParser()
     cli.add_parser(parser.add_subparsers())
     words = ["labels", "train", "--model", "m", "--labels", "l", "--out", "o"]
     given = vars(parser.parse_args(words))
-    for name in ("kind", "noise", "sigma", "loss", "epochs", "seed"):
+    for name in ("kind", "noise", "loss", "epochs", "seed"):
         assert given[name] == getattr(Settings(), name), name
+    assert Settings().sigma == SIGMA[Settings().kind]
+    for kind, sigma in SIGMA.items():
+        assert saved.read(trained / kind).settings.sigma == sigma
+    with pytest.raises(SystemExit):  # the help names the sizes of both kinds
+        parser.parse_args(["labels", "train", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"mlp: {SIGMA['mlp']}, residual: {SIGMA['residual']}" in said
