@@ -73,6 +73,8 @@ ROWS = {
     # With the filter and its views, without what is said to help above, and with the block.
     "filter, views, metadata, plain": (SIDE, FILTER, False),
     "filter, views, metadata, plain, block": (replace(SIDE, block=True), FILTER, False),
+    "filter, views, metadata, adjusted, block": (replace(ADJUSTED, block=True), FILTER, False),
+    "filter, views, adjusted, block": (replace(PLAIN, loss="adjusted", block=True), FILTER, False),
     "filter, views, block": (replace(PLAIN, block=True), FILTER, False),
     "filter, views, block, ensemble of three": (replace(PLAIN, block=True), FILTER, True),
 }

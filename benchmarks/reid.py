@@ -59,7 +59,7 @@ def config(row, seed, args):
     else:
         start = embedder.start_small(width=64, layers=2, heads=2, patch_size=8, **sizes)
     recipe = train.Recipe(
-        batches=changes.pop("batches", "pk"), epochs=args.epochs, optimizer="adamw",
+        batches=changes.pop("batches", "pk"), epochs=args.epochs, optimizer=args.optimizer,
         learning_rate=args.learning_rate, seed=seed, save_every=200,
     )  # fmt: skip
     settings = Settings(
@@ -162,6 +162,7 @@ def main():
     parser = row_table.arguments(__doc__, SPLITS)
     parser.add_argument("--init", default="", help="a model to start from; default: from nothing")
     parser.add_argument("--epochs", type=int, default=24)
+    parser.add_argument("--optimizer", choices=train.OPTIMISERS, default="adamw")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     args = row_table.parsed(parser, SPLITS)
     if not args.init:
