@@ -161,7 +161,11 @@ class Bench:
     def texts(self, seed, length):
         """Sentences of a seed with their features, and how long those took."""
         order = corpus.Order(self.known, ("en", "zh"), PER_LABEL * len(self.known), seed)
-        made = self.once(f"sentences {seed}", lambda: corpus.offline(order).sentences)
+
+        def written():
+            return corpus.uncut(self.model, self.known, corpus.offline(order)).sentences
+
+        made = self.once(f"sentences {seed}", written)
 
         def make():
             begin = time.monotonic()

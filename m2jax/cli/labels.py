@@ -155,6 +155,11 @@ def train(args: argparse.Namespace) -> int:
         f"{args.out}: {len(words):,} labels, {report['sentences']:,} sentences, trained in "
         f"{report['train_s']:.1f} s; on held-out sentences mAP {100 * report['text_map']:.1f}"
     )
+    if report["cut_off"]:
+        print(
+            f"{report['cut_off']:,} sentences are longer than the model's text and were left out",
+            file=sys.stderr,
+        )
     if (others := len(words) - report["own_thresholds"]) > 0:
         print(
             f"{others:,} labels have no threshold of their own, as fewer than "

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
 import jax
@@ -259,8 +259,3 @@ def _optimiser(settings: Settings, steps: int) -> optax.GradientTransformation:
 def unit(x: Array) -> Array:
     """Unit rows; a row of zeros stays one."""
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
-
-
-def to_dict(settings: Settings) -> dict[str, Any]:
-    """What a trained adapter keeps."""
-    return asdict(settings)

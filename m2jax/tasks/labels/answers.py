@@ -76,7 +76,7 @@ def refusal(caption: Any, prompt: Prompt, finder: Finder) -> str:
         return "too long"
     if not text.isprintable() or any(unicodedata.category(c) in ("Cf", "Co", "Cn") for c in text):
         return "characters that are not printed"
-    if _FOREIGN.search(text):
+    if _FOREIGN.search(unicodedata.normalize("NFKC", text)):  # wide letters read as plain ones
         return "no caption"
     if is_chinese(text) != (prompt.language == "zh") and any(c.isalpha() for c in text):
         return "another language"

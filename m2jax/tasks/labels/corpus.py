@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from m2jax.config import UserError
-from m2jax.tasks.labels import answers, grammar, instructions
+from m2jax.eval.emoji import Encoder
+from m2jax.tasks.labels import answers, grammar, instructions, vocabulary
 from m2jax.tasks.labels.answers import Refused
 from m2jax.tasks.labels.client import Writer
 from m2jax.tasks.labels.grammar import Sentence
@@ -98,10 +99,29 @@ def written(
     return corpus
 
 
-def balance(order: Order, sentences: Sequence[Sentence]) -> dict[str, Any]:
+def uncut(model: Encoder, words: Vocabulary, corpus: Corpus) -> Corpus:
+    """The sentences that a model reads to their end, and the report on them.
+
+    Of a longer one the tokenizer drops the end, and the labels named there: the sentence's targets
+    would say what its features cannot.
+
+    Raises:
+        UserError: none is left.
+    """
+    cut = vocabulary.cut_off(model, [s.text for s in corpus.sentences])
+    kept = [s for s, gone in zip(corpus.sentences, cut, strict=True) if not gone]
+    if not kept:
+        raise UserError(
+            "sentences: all are longer than the model's text: write shorter names, or take another "
+            "model"
+        )
+    return Corpus(kept, corpus.report | {"cut_off": int(cut.sum())} | balance(words, kept))
+
+
+def balance(words: Vocabulary, sentences: Sequence[Sentence]) -> dict[str, Any]:
     """How often each label is named, and which are not named at all."""
     counts = collections.Counter(label for s in sentences for label in s.labels)
-    each = np.array([counts[label] for label in range(len(order.vocabulary))])
+    each = np.array([counts[label] for label in range(len(words))])
     return {
         "sentences": len(sentences),
         "by_language": dict(collections.Counter(s.language for s in sentences)),
@@ -109,7 +129,7 @@ def balance(order: Order, sentences: Sequence[Sentence]) -> dict[str, Any]:
         "named_least": int(each.min()),
         "named_median": float(np.median(each)),
         "named_most": int(each.max()),
-        "never_named": [order.vocabulary.title(i) for i in np.flatnonzero(each == 0).tolist()],
+        "never_named": [words.title(i) for i in np.flatnonzero(each == 0).tolist()],
     }
 
 
@@ -126,7 +146,7 @@ def _finished(
         "source": source,
         "duplicates": len(sentences) - len(kept),
         "refused": dict(collections.Counter(r.why for r in refused)),
-        **balance(order, kept),
+        **balance(order.vocabulary, kept),
     }
     if not kept:
         reasons = ", ".join(f"{why}: {n}" for why, n in report["refused"].items()) or "none came"

@@ -19,7 +19,7 @@ from m2jax.eval import multilabel
 from m2jax.eval.emoji import Encoder
 from m2jax.tasks.labels import adapter, features, thresholds, vocabulary, zero_shot
 from m2jax.tasks.labels.adapter import Settings
-from m2jax.tasks.labels.corpus import Corpus
+from m2jax.tasks.labels.corpus import Corpus, uncut
 from m2jax.tasks.labels.grammar import Sentence
 from m2jax.tasks.labels.saved import Saved
 from m2jax.tasks.labels.vocabulary import Vocabulary
@@ -68,9 +68,13 @@ def languages_of(words: Vocabulary, wanted: Sequence[str] = ()) -> tuple[str, ..
 def fit(
     model: Bundle, words: Vocabulary, corpus: Corpus, languages: Sequence[str], settings: Settings
 ) -> Saved:
-    """Trains on the sentences but a tenth, which thresholds and the report's figures come from."""
+    """Trains on the sentences but a tenth, which thresholds and the report's figures come from.
+
+    Sentences that the model would read in part are left out (``corpus.uncut``).
+    """
     vocabulary.check_length(model, words)
     begin = time.monotonic()
+    corpus = uncut(model, words, corpus)
     texts = encoded(model, corpus, settings)
     prompts = zero_shot.class_prompts(model, words, languages)
     encoding = time.monotonic() - begin

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Bool
 
 from m2jax.config import UserError
 from m2jax.data.text import Tokens
@@ -19,7 +20,7 @@ from m2jax.eval.sets.records import is_chinese
 LANGUAGES = ("en", "zh")
 FILE_BYTES = 2**26
 MOST_LABELS = 100_000
-BATCH = 512  # names tokenised at once
+BATCH = 512  # texts tokenised at once
 
 
 @dataclass(frozen=True)
@@ -108,28 +109,37 @@ def checked(
     return Vocabulary(tuple({lang: tuple(names) for lang, names in row.items()} for row in rows))
 
 
+def cut_off(model: Encoder, texts: Sequence[str]) -> Bool[np.ndarray, " texts"]:
+    """Which texts reach to the end of the model's text length.
+
+    A tokenizer cuts what is too long without a word; a text that doubled gives the same tokens
+    is cut, or has no room to spare.
+    """
+    found = [np.zeros(0, np.bool_)]
+    for first in range(0, len(texts), BATCH):
+        part = texts[first : first + BATCH]
+        once, twice = (
+            Tokens(*model.tokenize(t)) for t in (part, [f"{text} {text}" for text in part])
+        )
+        found.append((np.asarray(once.ids) == np.asarray(twice.ids)).all(axis=1))
+    return np.concatenate(found)
+
+
 def check_length(model: Encoder, vocabulary: Vocabulary, where: str = "labels") -> None:
     """Refuses a name that leaves no room for a sentence in the model's text length.
-
-    A tokenizer cuts what is too long without a word, so a name that doubled gives the same tokens
-    reaches to the end.
 
     Raises:
         UserError: the message names the label.
     """
     every = [name for each in vocabulary.names for names in each.values() for name in names]
-    for first in range(0, len(every), BATCH):
-        part = every[first : first + BATCH]
-        once, twice = (
-            Tokens(*model.tokenize(t)) for t in (part, [f"{name} {name}" for name in part])
+    full = cut_off(model, every)
+    if full.any():
+        name = every[int(full.argmax())]
+        length = Tokens(*model.tokenize([name])).ids.shape[1]
+        raise UserError(
+            f"{where}: {name[:60]!r}: longer than the model's text ({length} tokens): write a "
+            "shorter name"
         )
-        full = (np.asarray(once.ids) == np.asarray(twice.ids)).all(axis=1)
-        if full.any():
-            name = part[int(np.flatnonzero(full)[0])]
-            raise UserError(
-                f"{where}: {name[:60]!r}: longer than the model's text ({once.ids.shape[1]} "
-                "tokens): write a shorter name"
-            )
 
 
 def folded(name: str) -> str:

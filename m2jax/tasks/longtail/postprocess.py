@@ -117,14 +117,24 @@ def ensembled(
     """Weighted mean of several models' scores, of logits or of probabilities, not of both.
 
     Raises:
-        UserError: weights that are not one per model, below 0, all 0, or shapes that differ.
+        UserError: weights that ``weights_of`` refuses, or shapes that differ.
     """
-    weights = list(weights) or [1.0] * len(scores)
-    if not scores or len(weights) != len(scores):
-        raise UserError(f"ensemble: {len(weights)} weights for {len(scores)} models: give one each")
-    if not (min(weights) >= 0 and 0 < sum(weights) < np.inf):
-        raise UserError(f"ensemble: weights {weights}: give numbers not below 0, one above it")
+    weights = weights_of(weights, len(scores))
     if len({each.shape for each in scores}) > 1:
         raise UserError("ensemble: models of other images or classes: predict the same with all")
     total = sum(w * s for w, s in zip(weights, scores, strict=True))
     return np.asarray(total) / sum(weights)
+
+
+def weights_of(weights: Sequence[float], models: int) -> list[float]:
+    """The weights of so many models; all equal where none are given.
+
+    Raises:
+        UserError: they are not one per model, one is below 0, or all are 0.
+    """
+    found = list(weights) or [1.0] * models
+    if not models or len(found) != models:
+        raise UserError(f"ensemble: {len(found)} weights for {models} models: give one each")
+    if not (min(found) >= 0 and 0 < sum(found) < np.inf):
+        raise UserError(f"ensemble: weights {found}: give numbers not below 0, one above it")
+    return found

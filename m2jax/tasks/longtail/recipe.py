@@ -134,8 +134,11 @@ def predict(
     Raises:
         UserError: a classifier of another backbone or of other classes, or adjustment twice.
     """
+    # All that can be refused is refused before the images are gone through.
+    weights = postprocess.weights_of(weights, len(saved))
     first = saved[0]
     for each in saved:
+        _check_tau(each, steps)
         if features.fingerprint(backbone) != each.model:
             raise UserError("--classifier: was trained on another model: use that one")
         if each.codes != first.codes:
@@ -159,11 +162,7 @@ def scored(
     Raises:
         UserError: classes' shares are taken off that training has taken off already.
     """
-    if steps.tau and saved.settings.trained_adjustment:
-        raise UserError(
-            f"--tau {steps.tau}: this classifier was trained with {saved.settings.loss} logits: "
-            "take 0, or train it with --loss plain"
-        )
+    _check_tau(saved, steps)
     counts = np.maximum(saved.counts, 1)
     prior = steps.tau * np.asarray(longtail.log_prior(jnp.asarray(counts)), np.float64)
     side = jnp.asarray(saved.codes.side(rows))
@@ -172,6 +171,14 @@ def scored(
         for view in seen.swapaxes(0, 1)
     ]
     return views.mean_probabilities([postprocess.probabilities(each, prior) for each in found])
+
+
+def _check_tau(saved: Saved, steps: Steps) -> None:
+    if steps.tau and saved.settings.trained_adjustment:
+        raise UserError(
+            f"--tau {steps.tau}: this classifier was trained with {saved.settings.loss} logits: "
+            "take 0, or train it with --loss plain"
+        )
 
 
 def finished(

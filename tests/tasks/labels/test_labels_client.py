@@ -126,6 +126,14 @@ def test_a_server_that_stays_busy_or_is_not_there_is_given_up(server):
         made("http://127.0.0.1:9/v1", tries=2)[0](PROMPT)
 
 
+def test_waits_double_and_no_server_can_ask_for_a_year(server):
+    busy = 503, {}, b""
+    Server.replies = [(429, {"Retry-After": "31536000"}, b""), busy, busy, said("hello")]
+    ask, time = made(server)
+    assert ask(PROMPT) == "hello"
+    assert time.slept == [client.LONGEST_WAIT_S, 4.0, 8.0]
+
+
 @pytest.mark.parametrize("reply", [b"garbage\r\n\r\n", b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 200])
 def test_a_server_that_speaks_no_http_is_one_line(reply):
     def serve(listening):

@@ -4,6 +4,8 @@
 import argparse
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import sentencepiece  # noqa: F401  (its C++ types warn when first imported inside a test)
@@ -173,6 +175,18 @@ def test_bad_input_of_predict(model, trained, pictures, tmp_path, capsys):
         assert main([*words, *extra]) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "x.json").exists()
+
+
+def test_a_context_of_no_tokens_is_the_model_as_it_reads_names(model):
+    bundle = m2jax.load(model)
+    names = ["red", "a bright green", "蓝"]
+    tokens = bundle.tokenize(names)
+    classes = jnp.asarray(tokens.ids), jnp.asarray(tokens.mask)
+    of = jax.jit(prompt_tuning._class_features, static_argnums=0)
+    found = of(bundle.graph, bundle.params, classes, jnp.zeros((2, 0, 16)))
+    expected = features.texts(bundle, names, length=False)
+    np.testing.assert_allclose(found.whole, expected, atol=1e-5)
+    np.testing.assert_allclose(found.each, expected, atol=1e-5)
 
 
 @pytest.mark.slow

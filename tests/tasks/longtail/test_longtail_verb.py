@@ -136,6 +136,43 @@ def test_shares_are_not_taken_off_twice(model, trained, tmp_path, capsys):
     ) == 0  # fmt: skip
 
 
+def test_the_verb_takes_shares_off_where_training_did_not_and_merges_as_told(
+    model, trained, tmp_path, monkeypatch
+):
+    taken = []
+    real = recipe.predict
+
+    def caught(backbone, saved, rows, steps, **options):
+        taken.append((steps.tau, steps.place_filter, steps.merge, options["weights"]))
+        return real(backbone, saved, rows, steps, **options)
+
+    monkeypatch.setattr(recipe, "predict", caught)
+    b = ["--classifier", str(trained / "b"), "--one-view"]
+    for extra in (
+        ["--one-view"],
+        b,
+        [*b, "--tau", "0.2", "--no-filter", "--merge", "vote", "--weights", "3"],
+    ):
+        assert predict(model, trained, tmp_path, *extra) == 0
+    assert taken == [
+        (0.0, True, "best", []),
+        (recipe.TAU, True, "best", []),
+        (0.2, False, "vote", [3.0]),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [(["--weights", "1,2"], "2 weights for 1"), (["--tau", "0.7"], "with adjusted logits: take 0")],
+)
+def test_no_image_is_read_for_steps_that_cannot_be(
+    model, trained, tmp_path, capsys, extra, message
+):
+    (trained / "gone.csv").write_text(f"{HEADER}\n1,,,,1,none.png\n")
+    assert predict(model, trained, tmp_path, "--table", str(trained / "gone.csv"), *extra) == 2
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
