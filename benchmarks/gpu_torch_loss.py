@@ -144,16 +144,22 @@ def timed(case: dict, smoke: bool, device: str, backend: str, wait) -> dict:
     sides = [functional.normalize(torch.randn(pairs, dim, device=device), dim=-1) for _ in range(2)]
     arrays = tuple(x.requires_grad_() for x in (*sides, torch.tensor(2.659, device=device)))
     call = program_of(case, arrays, tile, device, backend)
-    loss, grads = call()
-    size = sum(grad.nbytes for grad in grads)
-    del grads
-    held = 0
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated()
+    size = sum(grad.nbytes for grad in call()[1])
+    held = memory_now(device)
+    loss = float(call()[0].detach())  # a call of its own: in a window the last gradients live on
+    space = {"temporaries": max(memory_now(device, most=True) - held - size, 0)}
     found = measure(call, wait, 0.2 if smoke else 1.0)
-    if device == "cuda":
-        found["temporaries"] = max(torch.cuda.max_memory_allocated() - held - size, 0)
+    found |= space if device == "cuda" else {}
     covered = pairs // case.get("ranks", 1)
     work = PRODUCTS * 2.0 * pairs * covered * dim
-    return {"rows": pairs, **found, "loss": float(loss.detach()), "model_flops": work}
+    return {"rows": pairs, **found, "loss": loss, "model_flops": work}
+
+
+def memory_now(device: str, *, most: bool = False) -> int:
+    """Bytes that tensors take on a card, or the most since this was last asked; 0 on a CPU."""
+    if device != "cuda":
+        return 0
+    if most:
+        return torch.cuda.max_memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
