@@ -2,7 +2,8 @@
 """One card, everything: ceilings, training, encoding, the loss, PyTorch beside it, kernels.
 
     PYTHONPATH=. python3 benchmarks/gpu.py --out gpu.json --commit HASH   # under 9 minutes
-    PYTHONPATH=. python3 benchmarks/gpu.py --out more.json --only "flags latency hiding" ...
+    PYTHONPATH=. python3 benchmarks/gpu.py --out more.json --rest gpu.json     # what had no time
+    PYTHONPATH=. python3 benchmarks/gpu.py --out some.json --only "flags latency hiding" ...
     PYTHONPATH=. python3 benchmarks/gpu.py --out x.json --smoke           # tiny sizes, any machine
     PYTHONPATH=. python3 benchmarks/gpu.py --rows gpu.json more.json      # tables for gpu.md
 
@@ -10,7 +11,8 @@ Runs unattended and without a network. Every part is a child process, so that ne
 PyTorch holds the other's memory; a part that fails or takes too long is recorded with its error
 and costs no other. The JSON is written anew after each part. Parts come by importance
 (gpu_parts.py); those that the budget has no room for are recorded as not run. Needs jax, flax,
-optax, ml_collections, jaxtyping; aqtp for 8 bits and torch for the peers, which are else left out.
+optax, ml_collections, jaxtyping; aqtp for 8 bits, torch and transformers for the peers, which are
+else left out.
 """
 
 import argparse
@@ -29,14 +31,14 @@ import time
 from pathlib import Path
 
 from gpu_clock import Rows
-from gpu_parts import PARTS, Part, distinct, named
+from gpu_parts import PARTS, Part, distinct, left_by, named
 
 BUDGET_S = 520.0  # of all parts: a lent machine ends a command at 600, and the brief at 540
 LEAST_S = 25.0  # a part that is given less is not begun
 SMOKE_PATIENCE = 6  # times a part's seconds, for machines that are busy with other things
 PACKAGES = (
     "jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "flax", "optax", "aqtp",
-    "nvidia-cudnn-cu13", "nvidia-cublas", "torch", "triton", "numpy",
+    "nvidia-cudnn-cu13", "nvidia-cublas", "torch", "triton", "transformers", "numpy",
 )  # fmt: skip
 
 
@@ -69,7 +71,8 @@ def environment(part: Part, smoke: bool, cache: str) -> dict:
     if smoke:
         made["JAX_PLATFORMS"] = "cpu"
         flags.append("--xla_backend_optimization_level=0")
-    elif part.needs == "torch":
+        made.setdefault("OMP_NUM_THREADS", "1")  # PyTorch's threads would wait for busy cores
+    elif "torch" in part.needs:
         made["JAX_PLATFORMS"] = "cpu"  # it counts FLOPs there and leaves the card alone
     made["XLA_FLAGS"] = " ".join(flag for flag in flags if flag)
     made.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
@@ -82,13 +85,10 @@ def environment(part: Part, smoke: bool, cache: str) -> dict:
 def run(part: Part, seconds: float, smoke: bool, cache: str) -> dict:
     """One part in a child: its rows, and how it ended."""
     record = {"name": part.name, "flags": part.flags, "status": "ok"}
-    if importlib.util.find_spec(part.needs) is None:
-        return {
-            **record,
-            "status": "skipped",
-            "error": f"{part.needs} is not installed",
-            "rows": [],
-        }
+    for name in part.needs:
+        if importlib.util.find_spec(name) is None:
+            why = f"{name} is not installed"
+            return {**record, "status": "skipped", "error": why, "rows": []}
     with tempfile.TemporaryDirectory() as folder:
         out, log = Path(folder) / "rows.jsonl", Path(folder) / "log"
         words = [sys.executable, str(Path(__file__).resolve()), "--child", part.name]
@@ -146,6 +146,8 @@ def child(name: str, out: Path, seconds: float, smoke: bool) -> None:
     part = next(part for part in PARTS if part.name == name)
     module, function = part.work.split(":")
     rows = Rows(out, seconds)
+    # Nothing here decodes a picture, and a torchvision of another torch stops transformers' import.
+    sys.modules.setdefault("torchvision", None)  # pyright: ignore[reportArgumentType]
     work = getattr(importlib.import_module(module), function)
     here = str(Path(__file__).resolve().parent)
     sys.path[:] = [p for p in sys.path if p != here]  # its file names must shadow no package's
@@ -163,9 +165,11 @@ def measure_all(args: argparse.Namespace) -> int:
         "versions": versions(),
         "parts": [],
     }
+    earlier = [json.loads(path.read_text(encoding="utf-8")) for path in args.rest]
+    chosen = left_by(earlier) if earlier else named(args.only)
     write(args.out, found)
     with tempfile.TemporaryDirectory() as cache:
-        for part in named(args.only):
+        for part in chosen:
             left = args.budget - (time.monotonic() - begin)
             if args.smoke and not distinct(part):
                 continue
@@ -197,7 +201,12 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="the JSON")
     parser.add_argument("--commit", default="unknown", help="of the code, for the record")
     parser.add_argument("--budget", type=float, default=BUDGET_S, help="seconds, of all parts")
-    parser.add_argument("--only", nargs="+", default=[], metavar="PART")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--only", nargs="+", default=[], metavar="PART")
+    which.add_argument(
+        "--rest", nargs="+", default=[], type=Path, metavar="JSON",
+        help="the parts that these runs had no time for",
+    )  # fmt: skip
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, on the CPU")
     parser.add_argument("--rows", nargs="+", type=Path, metavar="JSON", help="print their tables")
     parser.add_argument("--child", help=argparse.SUPPRESS)

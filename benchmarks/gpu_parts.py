@@ -18,7 +18,7 @@ class Part(NamedTuple):
     seconds: float  # it may take, start and compiling included
     cases: tuple[dict, ...]
     flags: str = ""  # of XLA, for this process
-    needs: str = "jax"
+    needs: tuple[str, ...] = ("jax",)  # packages, without which it is left out
 
 
 def training(size: str, *variants: dict, **common) -> tuple[dict, ...]:
@@ -35,8 +35,10 @@ def encoding(size: str, rows: dict[str, int], *variants: dict) -> tuple[dict, ..
     )
 
 
+SIZES = ("size", "batch", "pairs", "tile")  # of a case: they change no path
 EIGHT_BITS = ({}, {"products": "int8"}, {"products": "fp8"})
-STEP, PEER = "gpu_step:steps", "gpu_torch:peers"
+STEP, PEER, HUGGING_FACE = "gpu_step:steps", "gpu_torch:peers", "gpu_hf:peers"
+TORCH = ("torch",)
 
 PARTS = (
     Part("ceilings", "gpu_device:ceilings", 40, tuple(
@@ -58,7 +60,7 @@ PARTS = (
         {"batch": 256, "stream": "bfloat16"}, {"batch": 256},
         {"batch": 128, "stream": "bfloat16"},
         kind="train",
-    ), needs="torch"),
+    ), needs=TORCH),
     Part("loss", "gpu_loss:losses", 80, (
         {"pairs": 262_144, "impl": "chunked", "tile": 4096, "wire": "bfloat16"},
         {"pairs": 262_144, "impl": "chunked", "tile": 2048, "wire": "bfloat16"},
@@ -66,6 +68,7 @@ PARTS = (
         {"pairs": 32_768, "impl": "chunked", "tile": 4096, "wire": "bfloat16"},
         {"pairs": 32_768, "impl": "dense"},
         {"pairs": 262_144, "impl": "chunked", "tile": 4096},
+        {"pairs": 131_072, "impl": "chunked", "tile": 4096, "wire": "bfloat16"},
         {"pairs": 1_048_576, "impl": "chunked", "tile": 4096, "wire": "bfloat16"},
     )),
     Part("kernels 1b", "gpu_trace:traces", 60, ({**SHIPPED, "attention": "batch"},),
@@ -80,12 +83,27 @@ PARTS = (
     )),
     Part("encode 10b", "gpu_encode:encodings", 90,
          encoding("10b", {"image": 256, "text": 1024}, *EIGHT_BITS)),
-    Part("torch encode", PEER, 60, (
-        *({**case, "kind": "encode"} for size, rows in (
+    Part("torch loss", PEER, 60, tuple({"kind": "loss", **case} for case in (
+        {"form": "tiles", "pairs": 262_144, "tile": 4096},
+        {"form": "whole", "pairs": 32_768},
+        {"form": "local", "pairs": 131_072, "ranks": 8},
+        {"form": "rows", "pairs": 262_144, "tile": 4096},
+    )), needs=TORCH),
+    Part("torch encode", PEER, 75, tuple(
+        {**case, "kind": "encode"} for size, rows in (
             ("1b", {"image": 512, "text": 2048}), ("0.4b", {"image": 1024, "text": 4096}),
-        ) for case in encoding(size, rows, {})),
-        {"kind": "loss", "pairs": 32_768},
-    ), needs="torch"),
+            ("10b", {"image": 256, "text": 1024}),
+        ) for case in encoding(size, rows, {})
+    ), needs=TORCH),
+    Part("hf train", HUGGING_FACE, 110, tuple(
+        {"kind": "train", "size": size, "batch": batch} for size, batch in (
+            ("clip-h14", 128), ("clip-l14", 256), ("siglip-so400m", 128), ("clip-h14", 256),
+        )
+    ), needs=(*TORCH, "transformers")),
+    Part("torch train 10b-slice", PEER, 80, training(
+        "10b-slice", {"batch": 128, "remat": "full"}, {"batch": 64},
+        stream="bfloat16", kind="train",
+    ), needs=TORCH),
     Part("train 1b sycoca", STEP, 80, training(
         "1b", {"attention": "batch"}, {"attention": "cudnn"},
         batch=256, remat="products", objectives="itc+ic+tg-mim",
@@ -100,7 +118,7 @@ PARTS = (
     )),
     Part("torch train 0.4b", PEER, 120, training(
         "0.4b", {}, {"compile": "model"}, batch=512, stream="bfloat16", kind="train"
-    ), needs="torch"),
+    ), needs=TORCH),
     Part("encode 0.4b", "gpu_encode:encodings", 50,
          encoding("0.4b", {"image": 1024, "text": 4096}, *EIGHT_BITS)),
     Part("flags no command buffers", STEP, 50, ({**SHIPPED, "attention": "batch"},),
@@ -112,12 +130,24 @@ PARTS = (
     Part("kernels 0.4b", "gpu_trace:traces", 50,
          ({"size": "0.4b", "batch": 1024, "remat": "products", "attention": "batch"},),
          NO_COMMAND_BUFFERS),
-    Part("batches 1b", STEP, 80, training(
+    Part("batches 1b", STEP, 100, training(
         "1b",
         {"batch": 128, "remat": "none"}, {"batch": 64, "remat": "none"},
         {"batch": 1024, "remat": "products"}, {"batch": 768, "remat": "full"},
+        {"batch": 256, "remat": "none", "unroll": 24},
         attention="batch",
     )),
+    Part("hf encode", HUGGING_FACE, 75, tuple(
+        {**case, "kind": "encode"} for size, rows in (
+            ("clip-h14", {"image": 512, "text": 2048}), ("clip-l14", {"image": 1024, "text": 4096}),
+            ("siglip-so400m", {"image": 512, "text": 2048}),
+        ) for case in encoding(size, rows, {})
+    ), needs=(*TORCH, "transformers")),
+    Part("kernels 10b-slice", "gpu_trace:traces", 60,
+         ({"size": "10b-slice", "batch": 128, "remat": "attention", "attention": "batch"},),
+         NO_COMMAND_BUFFERS),
+    Part("torch loss 1m", PEER, 90,
+         ({"kind": "loss", "form": "tiles", "pairs": 1_048_576, "tile": 4096},), needs=TORCH),
 )  # fmt: skip
 
 
@@ -133,6 +163,18 @@ def named(names: list[str]) -> list[Part]:
     return [part for part in PARTS if not names or part.name in names]
 
 
+def left_by(founds: list[dict]) -> list[Part]:
+    """The parts that earlier runs had no time for, ceilings before them if there are any."""
+    done = {
+        part["name"]
+        for found in founds
+        for part in found["parts"]
+        if part["status"] not in ("not run", "timeout")
+    }
+    rest = [part for part in PARTS if part.name not in done]
+    return [part for part in PARTS if part.name == "ceilings" or part in rest] if rest else []
+
+
 def distinct(part: Part) -> list[dict]:
     """Cases that differ from all before them in more than sizes: what a smoke run takes.
 
@@ -141,8 +183,9 @@ def distinct(part: Part) -> list[dict]:
     seen, found = [], []
     for one in PARTS[: PARTS.index(part) + 1]:
         for case in one.cases:
-            sizes = ("size", "batch", "pairs", "tile")
-            kind = one.work, one.flags, {k: v for k, v in case.items() if k not in sizes}
+            kind = one.work, one.flags, {k: v for k, v in case.items() if k not in SIZES}
+            if one.work == HUGGING_FACE:  # each of its sizes is a model of its own
+                kind = (*kind, case["size"])
             if kind not in seen:
                 seen.append(kind)
                 found += [case] if one is part else []

@@ -11,8 +11,9 @@ from typing import NamedTuple
 from m2jax.dist.topology import chip_of
 
 EMPTY = "-"
-SIZES = ("size", "modality", "pairs", "impl", "tile", "wire", "objectives", "remat", "attention",
-         "unroll", "fused_qkv", "products", "compile", "stream")  # fmt: skip
+PEERS = {"torch": "PyTorch", "hf": "transformers"}  # by the first word of a part's name
+SIZES = ("size", "modality", "pairs", "impl", "form", "ranks", "tile", "wire", "objectives",
+         "remat", "attention", "unroll", "fused_qkv", "products", "compile", "stream")  # fmt: skip
 
 
 class Run(NamedTuple):
@@ -58,10 +59,11 @@ def tables(founds: list[dict]) -> str:
     """Every table, of all runs."""
     runs = [read(found) for found in founds]
     made = [_versions(runs), _ceilings(runs)]
-    made += [_table("Training step", TRAIN_HEAD, runs, ("train", "torch train", "batches", "flags"),
-                    _train)]  # fmt: skip
-    made += [_table("Encoding", ENCODE_HEAD, runs, ("encode", "torch encode"), _encode)]
-    made += [_table("Contrastive loss", LOSS_HEAD, runs, ("loss", "torch encode"), _loss)]
+    made += [_table("Training step", TRAIN_HEAD, runs,
+                    ("train", "torch train", "hf train", "batches", "flags"), _train)]  # fmt: skip
+    made += [_table("Encoding", ENCODE_HEAD, runs, ("encode", "torch encode", "hf encode"),
+                    _encode)]  # fmt: skip
+    made += [_table("Contrastive loss", LOSS_HEAD, runs, ("loss", "torch loss"), _loss)]
     return "\n\n".join([*made, _kernels(runs), _troubles(runs)]) + "\n"
 
 
@@ -81,7 +83,7 @@ def _head(*cells: str) -> str:
 
 def _what(part: dict, row: dict) -> str:
     """A case in words."""
-    who = "PyTorch" if part["name"].startswith("torch") else "m2jax"
+    who = PEERS.get(part["name"].split()[0], "m2jax")
     kept = [f"{key}={row[key]}" for key in SIZES if row.get(key) not in (None, "")]
     return " ".join([who, *kept, *([part["flags"]] if part.get("flags") else [])])
 

@@ -8,6 +8,7 @@ no contrastive step reads (B weights of the vl layers, pooler) are left out.
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 EPS = 1e-5
 
@@ -36,17 +37,18 @@ class Layer(nn.Module):
 
 
 class Stack(nn.Module):
-    """Layers and their last norm."""
+    """Layers and their last norm; ``again`` makes each layer's activations anew, backward."""
 
-    def __init__(self, width: int, heads: int, depth: int):
+    def __init__(self, width: int, heads: int, depth: int, again: bool = False):
         super().__init__()
+        self.again = again
         self.layers = nn.ModuleList(Layer(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width, EPS)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """[b, n, d] -> [b, n, d]."""
         for layer in self.layers:
-            x = layer(x, mask)
+            x = checkpoint(layer, x, mask, use_reentrant=False) if self.again else layer(x, mask)
         return self.norm(x)
 
 
@@ -57,9 +59,10 @@ class M2(nn.Module):
         cfg: a resolved ``m2jax.config.Model``.
         stream: precision of what passes from layer to layer. Autocast alone leaves it in float32;
             m2jax has it in bfloat16, which moves half the bytes.
+        again: keeps each layer's input alone and computes the layer again, backward.
     """
 
-    def __init__(self, cfg, stream: torch.dtype = torch.float32):
+    def __init__(self, cfg, stream: torch.dtype = torch.float32, again: bool = False):
         super().__init__()
         self.stream = stream
         d, side = cfg.width, cfg.image_size // cfg.patch_size
@@ -68,9 +71,9 @@ class M2(nn.Module):
         self.image_positions = nn.Parameter(torch.randn(side * side + 1, d))
         self.table = nn.Embedding(cfg.vocab_size, d)
         self.text_positions = nn.Parameter(torch.randn(cfg.max_text_len, d))
-        self.image_backbone = Stack(d, cfg.heads, cfg.backbone_layers)
-        self.text_backbone = Stack(d, cfg.heads, cfg.backbone_layers)
-        self.vl = Stack(d, cfg.heads, cfg.vl_layers)
+        self.image_backbone = Stack(d, cfg.heads, cfg.backbone_layers, again)
+        self.text_backbone = Stack(d, cfg.heads, cfg.backbone_layers, again)
+        self.vl = Stack(d, cfg.heads, cfg.vl_layers, again)
         self.image_head, self.text_head, self.image_vl_head, self.text_vl_head = (
             nn.Linear(d, cfg.out_dim, bias=False) for _ in range(4)
         )

@@ -45,6 +45,7 @@ class Collective:
     times: int  # runs in a step
     sent: float  # bytes one device sends in one run
     rate: float  # bytes/s one device can send at over the links the groups span
+    waited: float = 0.0  # seconds of a step, over all runs, that no compute hides
 
     @property
     def seconds(self) -> float:

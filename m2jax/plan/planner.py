@@ -153,6 +153,7 @@ def _account(result: Plan, compiled: Compiled, *, copies: int = 1) -> Plan:
         times.compute / times.floor,
     )
     check(checks, copies=copies)
+    waits = schedule.waits(module, result.topology.chip, found)
     return dataclasses.replace(
         result,
         flops=counted,
@@ -161,7 +162,9 @@ def _account(result: Plan, compiled: Compiled, *, copies: int = 1) -> Plan:
             for visit in visits
             if not visit.inside
         ),
-        collectives=tuple(found.values()),
+        collectives=tuple(
+            dataclasses.replace(one, waited=waits.get(name, 0.0)) for name, one in found.items()
+        ),
         times=times,
         checks=checks,
         hot=tuple(hottest(module, visits, result.topology.chip, found)),
@@ -220,10 +223,11 @@ def as_json(one: Plan) -> dict[str, Any]:
     """The plan for machines; the keys are a promise (seconds, bytes, FLOPs, shares)."""
     totals: dict[tuple[str, str], list[float]] = {}
     for c in one.collectives:
-        entry = totals.setdefault((c.kind, c.axis), [0.0, 0, 0.0])
+        entry = totals.setdefault((c.kind, c.axis), [0.0, 0, 0.0, 0.0])
         entry[0] += c.sent * c.times
         entry[1] += c.times
         entry[2] += c.seconds * c.times
+        entry[3] += c.waited
     return {
         "fits": one.fits,
         "topology": one.topology.name,
@@ -235,8 +239,15 @@ def as_json(one: Plan) -> dict[str, Any]:
         "model_flops_per_chip": one.model_flops,
         "memory_bytes_per_chip": one.memory_bytes,
         "collectives": [
-            {"kind": kind, "axis": axis, "bytes": sent, "times": times, "seconds": seconds}
-            for (kind, axis), (sent, times, seconds) in sorted(totals.items())
+            {
+                "kind": kind,
+                "axis": axis,
+                "bytes": sent,
+                "times": times,
+                "seconds": seconds,
+                "not_hidden_seconds": waited,
+            }
+            for (kind, axis), (sent, times, seconds, waited) in sorted(totals.items())
         ],
         "sent_bytes_per_chip": one.sent,
         "step_seconds": one.times.total if one.times else None,

@@ -109,6 +109,10 @@ def _rows(plans: Sequence[Plan]) -> list[tuple[str, list[str]]]:
         ("  without an estimate s", [_time(p, "unestimated") for p in plans]),
         ("communication s", [_time(p, "communication") for p in plans]),
         ("  not hidden s", [_or_dash(p, _waiting(p), "{:.3f}") for p in plans]),
+        *(
+            (f"    {kind} over {axis}, of", [_hidden(p, kind, axis) for p in plans])
+            for kind, axis in keys
+        ),
         ("step s (modelled)", [_time(p, "total") for p in plans]),
         ("MFU (modelled)", [_or_dash(p, 100 * p.mfu, "{:.1f} %") for p in plans]),
         ("MFU, compute only", [_or_dash(p, 100 * p.mfu_compute_only, "{:.1f} %") for p in plans]),
@@ -125,6 +129,15 @@ def _intensity(plan: Plan) -> str:
 
 def _waiting(plan: Plan) -> float:
     return plan.times.total - plan.times.compute if plan.times else 0.0
+
+
+def _hidden(plan: Plan, kind: str, axis: str) -> str:
+    """Seconds that nothing hides, of all that collectives of a kind over an axis take."""
+    found = [one for one in plan.collectives if (one.kind, one.axis) == (kind, axis)]
+    if not found:
+        return "-"
+    waited, whole = sum(c.waited for c in found), sum(c.seconds * c.times for c in found)
+    return f"{waited:.3f} of {whole:.3f}"
 
 
 def _mesh(plan: Plan) -> str:

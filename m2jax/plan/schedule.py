@@ -10,7 +10,7 @@ contention between collectives and memory traffic, host work and input.
 
 from __future__ import annotations
 
-import dataclasses
+import collections
 from typing import NamedTuple
 
 from m2jax.dist.topology import Chip
@@ -46,43 +46,76 @@ def play(
     return result._replace(floor=at_peak)
 
 
+def waits(module: hlo.Module, chip: Chip, collectives: dict[str, Collective]) -> dict[str, float]:
+    """Seconds of a step that the device waits for each collective: what no compute hides.
+
+    They add up to ``Times.total`` - ``Times.compute``. A wait goes to the collective that is waited
+    for, also where the links were still busy with an earlier one.
+
+    Args:
+        module: the compiled program.
+        chip: what it runs on.
+        collectives: by instruction name.
+    """
+    player = _Player(module, chip, collectives)
+    player.computation(module.entry)
+    return player.waited[module.entry]
+
+
 class _Player:
     def __init__(self, module: hlo.Module, chip: Chip, collectives: dict[str, Collective]):
         self.module, self.chip, self.collectives = module, chip, collectives
         self.known: dict[str, Times] = {}
+        self.waited: dict[str, dict[str, float]] = {}  # in one run of a computation
         self.trips = loops.trip_counts(module)
 
     def computation(self, name: str) -> Times:
         """One run of a computation."""
         if name not in self.known:
-            self.known[name] = self._play(self.module.computations[name])
+            self.waited[name] = collections.defaultdict(float)
+            self.known[name] = self._play(self.module.computations[name], self.waited[name])
         return self.known[name]
 
-    def _play(self, computation: hlo.Computation) -> Times:
+    def _play(self, computation: hlo.Computation, waited: dict[str, float]) -> Times:
         now = busy_until = 0.0  # of the device, of its links
-        ends: dict[str, float] = {}  # of what was started, by the name of its start
+        running: dict[str, tuple[float, list[Collective]]] = {}  # by the name of its start
+        last: list[Collective] = []  # what the links were given last
         compute = communication = unestimated = 0.0
+
+        def wait(until: float, whose: list[Collective]) -> None:
+            nonlocal now
+            all_of_them = sum(one.seconds for one in whose)
+            for one in whose if until > now and all_of_them else ():
+                waited[one.name] += (until - now) * one.seconds / all_of_them
+            now = max(now, until)
+
         for instruction in computation.instructions.values():
-            collective = self._collective(instruction)
-            if collective is not None:
+            found = self._collectives(instruction)
+            if found:
                 own = self._beside(computation, instruction)
-                busy_until = max(now, busy_until) + collective.seconds
-                communication += collective.seconds
+                seconds = sum(one.seconds for one in found)
+                busy_until, last = max(now, busy_until) + seconds, found
+                communication += seconds
                 compute += own
                 if instruction.opcode.endswith("-start"):
-                    ends[instruction.name] = busy_until
+                    running[instruction.name] = busy_until, found
                 else:
-                    now = max(now + own, busy_until)
+                    now += own
+                    wait(busy_until, found)
             elif instruction.opcode == "async-update":
-                ends[instruction.name] = ends.get(instruction.operands[0], 0.0)
+                running[instruction.name] = running.get(instruction.operands[0], (0.0, []))
             elif instruction.opcode.endswith("-done"):
-                now = max(now, ends.get(instruction.operands[0], 0.0))
+                wait(*running.get(instruction.operands[0], (0.0, [])))
             elif instruction.opcode in ("while", "call", "conditional"):
-                inner = self._inner(instruction)
-                now = max(now, busy_until if inner.communication else 0.0) + inner.total
-                compute += inner.compute
-                communication += inner.communication
-                unestimated += inner.unestimated
+                inner, trips, inside = self._inner(instruction)
+                if inner.communication:
+                    wait(busy_until, last)
+                now += trips * inner.total
+                compute += trips * inner.compute
+                communication += trips * inner.communication
+                unestimated += trips * inner.unestimated
+                for name, lost in inside.items():
+                    waited[name] += trips * lost
             else:
                 seconds, estimated = seconds_of(self.module, computation, instruction, self.chip)
                 now += seconds
@@ -90,34 +123,31 @@ class _Player:
                 unestimated += 0.0 if estimated else seconds
         return Times(now, compute, communication, 0.0, unestimated)
 
-    def _inner(self, instruction: hlo.Instruction) -> Times:
-        """A loop's body times its trips, a call once, the longest branch of a conditional."""
-        called = [
-            self.computation(name) for role, name in instruction.called if role != "condition"
-        ]
+    def _inner(self, instruction: hlo.Instruction) -> tuple[Times, int, dict[str, float]]:
+        """A loop's body with its trips, a call once, the longest branch; and its waits."""
+        names = [name for role, name in instruction.called if role != "condition"]
         if instruction.opcode == "while":
             trips = self.trips[instruction.name]
-            return Times(*(trips * value for value in called[0]))
-        return max(called)
+            return self.computation(names[0]), trips, self.waited[names[0]]
+        longest = max(names, key=self.computation)
+        return self.computation(longest), 1, self.waited[longest]
 
-    def _collective(self, instruction: hlo.Instruction) -> Collective | None:
-        """The collective an instruction is or starts, also where a fusion or call wraps it.
+    def _collectives(self, instruction: hlo.Instruction) -> list[Collective]:
+        """The collective an instruction is or starts, or those that a fusion or call wraps.
 
         Of several that are wrapped together one follows the other.
         """
         found = self.collectives.get(instruction.name)
-        if found or instruction.opcode not in ("fusion", "async-start", "call-start"):
-            return found
-        wrapped = [
+        if found:
+            return [found]
+        if instruction.opcode not in ("fusion", "async-start", "call-start"):
+            return []
+        return [
             self.collectives[inner.name]
             for _, name in instruction.called
             for inner in self.module.computations[name].instructions.values()
             if kind_of(inner, name)
         ]
-        if not wrapped:
-            return None
-        seconds = sum(one.seconds for one in wrapped)
-        return dataclasses.replace(wrapped[0], sent=seconds * wrapped[0].rate)
 
     def _beside(self, computation: hlo.Computation, instruction: hlo.Instruction) -> float:
         """Compute of a collective: where the compiler fused it with a product, they run at once."""

@@ -84,7 +84,8 @@ def test_every_case_can_be_built(gpu):
 
 def test_a_smoke_run_takes_every_path_once(gpu):
     def kind(part, case):
-        knobs = {k: v for k, v in case.items() if k not in ("size", "batch", "pairs", "tile")}
+        own = ("batch",) if part.work == gpu.parts.HUGGING_FACE else gpu.parts.SIZES
+        knobs = {k: v for k, v in case.items() if k not in own}
         return json.dumps([part.work, part.flags, knobs], sort_keys=True)
 
     taken = [kind(p, c) for p in gpu.parts.PARTS for c in gpu.parts.distinct(p)]
@@ -127,9 +128,40 @@ def test_a_part_that_fails_or_hangs_is_recorded(gpu, tmp_path, monkeypatch):
 
 def test_missing_pytorch_is_said(gpu, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    part = next(part for part in gpu.parts.PARTS if part.needs == "torch")
+    part = next(part for part in gpu.parts.PARTS if "torch" in part.needs)
     found = gpu.main.run(part, 60, True, str(tmp_path))
     assert (found["status"], found["error"]) == ("skipped", "torch is not installed")
+
+
+def test_missing_transformers_is_said_and_no_child_is_started(gpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "transformers" else name
+    )
+    for part in gpu.parts.PARTS:
+        if part.work == gpu.parts.HUGGING_FACE:
+            found = gpu.main.run(part, 60, True, str(tmp_path))
+            assert (found["status"], found["rows"]) == ("skipped", [])
+            assert found["error"] == "transformers is not installed"
+
+
+def test_a_call_ends_in_nine_minutes_and_has_what_the_targets_need(gpu):
+    assert gpu.main.BUDGET_S < 540
+    names = [part.name for part in gpu.parts.PARTS]
+    needed = ["ceilings", "train 1b", "torch train 1b", "loss", "kernels 1b", "encode 1b"]
+    assert names[: len(needed)] == needed
+    assert sum(part.seconds for part in gpu.parts.PARTS[: len(needed)]) <= gpu.main.BUDGET_S
+
+
+def test_the_rest_is_what_no_run_had_time_for(gpu):
+    names = [part.name for part in gpu.parts.PARTS]
+    assert "torch train 0.4b" in names
+    first = [{"name": n, "status": "ok"} for n in names if n != "torch train 0.4b"]
+    first[2]["status"] = "failed"  # tried: its error is known
+    first[-2]["status"], first[-1]["status"] = "timeout", "not run"
+    left = [part.name for part in gpu.parts.left_by([{"parts": first}])]
+    assert left == ["ceilings", "torch train 0.4b", *names[-2:]]
+    second = [{"name": n, "status": "ok"} for n in left]
+    assert gpu.parts.left_by([{"parts": first}, {"parts": second}]) == []
 
 
 def test_a_torn_row_is_left_out(gpu):
@@ -191,6 +223,12 @@ FOUND = {
              "moved": 8e9}]}]},
         {"name": "torch train 1b", "status": "skipped", "error": "torch is not installed",
          "rows": []},
+        {"name": "hf train", "status": "ok", "rows": [
+            {"kind": "train", "size": "clip-h14", "rows": 100, "seconds": 0.5,
+             "model_flops": 100e12}]},
+        {"name": "torch loss", "status": "ok", "rows": [
+            {"kind": "loss", "form": "local", "ranks": 8, "pairs": 10, "seconds": 2.0,
+             "model_flops": 800e12, "temporaries": 3e6}]},
     ],
 }  # fmt: skip
 
@@ -203,6 +241,8 @@ def test_shares_are_of_the_ceilings_of_the_same_run(gpu):
     )
     assert "| 50.0 % | 40.4 % | 5.0 |" in text  # of 800 measured, of 989.4 on the datasheet
     assert "| m2jax pairs=10 impl=chunked | 3000.0 | 7 | 266.7 | 3.00 |" in text
+    assert "| transformers size=clip-h14 | 100 | - | 500.0 | 200 | 200 | 25.0 % | 20.2 % |" in text
+    assert "| PyTorch pairs=10 form=local ranks=8 | 2000.0 | 3 | 400 | 2.00 |" in text
     assert "| fusion.1 | - | 10.00 | 1 | 50.0 % | 50.0 % |" in text  # 5 ms of FLOPs, 2 of bytes
     assert "| UserError: a/b |" in text
     assert "| torch train 1b | skipped | torch is not installed |" in text
@@ -210,7 +250,7 @@ def test_shares_are_of_the_ceilings_of_the_same_run(gpu):
 
 
 @pytest.mark.soak
-def test_the_whole_script_runs_at_tiny_sizes(tmp_path):
+def test_the_whole_script_runs_at_tiny_sizes(gpu, tmp_path):
     out = tmp_path / "gpu.json"
     words = [sys.executable, str(BENCHMARKS / "gpu.py"), "--out", str(out), "--smoke"]
     done = subprocess.run(
@@ -219,9 +259,9 @@ def test_the_whole_script_runs_at_tiny_sizes(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
-    missing = importlib.util.find_spec("torch") is None
+    needs = {part.name: part.needs for part in gpu.parts.PARTS}
     for part in found["parts"]:
-        skipped = missing and part["name"].startswith("torch")
+        skipped = any(importlib.util.find_spec(name) is None for name in needs[part["name"]])
         assert part["status"] == ("skipped" if skipped else "ok"), part
         for row in part["rows"]:
             if "cudnn" in str(row.get("attention")):

@@ -20,9 +20,14 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 @pytest.fixture(scope="module")
 def peer():
     """(gpu_step, gpu_torch, gpu_torch_model)."""
+    return modules("step", "torch", "torch_model")
+
+
+def modules(*names: str) -> list:
+    """Of the benchmark, by the ends of their names."""
     sys.path.insert(0, str(BENCHMARKS))
     try:
-        return [importlib.import_module(f"gpu_{n}") for n in ("step", "torch", "torch_model")]
+        return [importlib.import_module(f"gpu_{name}") for name in names]
     finally:
         sys.path.remove(str(BENCHMARKS))
 
@@ -108,3 +113,69 @@ def test_its_step_learns(peer):
     run, batch = of_torch.trainer(model.M2(cfg)), of_torch.inputs(cfg, 8)
     losses = [float(run(*batch)) for _ in range(6)]
     assert losses[-1] < losses[0]
+
+
+def test_layers_made_again_give_the_same_gradient(peer):
+    import torch
+
+    step, of_torch, model = peer
+    cfg = step.model_of({"size": "1b"}, True)
+    torch.manual_seed(0)
+    plain, again = model.M2(cfg), model.M2(cfg, again=True)
+    again.load_state_dict(plain.state_dict())
+    batch = of_torch.inputs(cfg, 4)
+    kept = []
+    for made in (plain, again):
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, id_):
+            loss = made(*batch)
+        loss.backward()
+        kept.append(-1)
+    for a, b in zip(plain.parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+    split = kept.index(-1)
+    assert sum(kept[split + 1 : -1]) < 0.6 * sum(kept[:split])
+
+
+def id_(x):
+    return x
+
+
+@pytest.mark.parametrize("form", ["rows", "tiles", "local"])
+def test_losses_that_keep_no_matrix_are_the_whole_one(form):
+    import torch
+    from torch.nn import functional
+
+    losses, model = modules("torch_loss", "torch_model")
+    torch.manual_seed(0)
+    image = functional.normalize(torch.randn(64, 16, dtype=torch.float64), dim=1)
+    text = functional.normalize(image + 0.3 * torch.randn(64, 16), dim=1)
+    scale = torch.tensor(1.5, dtype=torch.float64)
+    arrays = tuple(x.detach().requires_grad_() for x in (image, text, scale))
+    wanted = model.contrast(*arrays)
+    wanted_grads = torch.autograd.grad(wanted, arrays)
+    if form == "tiles":
+        found, grads = losses.by_tiles(*arrays, 16, torch.float64)
+        tolerance = 1e-5  # its sums are in float32
+    else:
+        tolerance = 1e-5 if form == "rows" else 1e-9
+        if form == "rows":
+            found = losses.by_rows(losses.local, *arrays, 16)
+        else:  # every rank's share, each from the gathered features
+            a, b, s = arrays
+            own = torch.arange(64).split(16)
+            parts = [losses.local(a[i], b[i], a, b, s, i) for i in own]
+            found = sum(parts) / 128
+        grads = torch.autograd.grad(found, arrays)
+    assert float(found) == pytest.approx(float(wanted), rel=tolerance)
+    for one, other in zip(grads, wanted_grads, strict=True):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance, check_dtype=False)
+
+
+def test_a_rank_is_held_to_the_pairs_it_covers():
+    losses, loss = modules("torch_loss", "loss")
+    pairs, dim = loss.TINY_PAIRS, loss.TINY_DIM
+    case = {"form": "local", "pairs": 131_072, "ranks": 8}
+    whole = loss.PRODUCTS * 2 * pairs**2 * dim
+    found = losses.timed(case, True, "cpu", "eager", wait=lambda _: None)
+    assert found["model_flops"] == whole / 8
+    assert found["loss"] > 0

@@ -20,6 +20,7 @@ from m2jax.dist.mesh import make_mesh
 from m2jax.dist.topology import describe
 from m2jax.plan import compile as compile_lib
 from m2jax.plan import contrast, hlo, loops, planner, report
+from m2jax.plan.collectives import Collective
 from tests.plan.test_largest import plans
 
 tpu = pytest.mark.skipif(
@@ -246,6 +247,23 @@ def test_the_longest_of_three_times_bounds(floor, moved, links, bound) -> None:
     assert planner.as_json(made)["bound"] == bound
     assert made.intensity == pytest.approx(1e12 / (moved * chip.memory_rate))
     assert f"{bound}" in report.table([made], ["a"])
+
+
+def test_what_is_hidden_is_told_by_kind_and_axis() -> None:
+    made = plans(10**6)(config.Experiment(), None)
+    gather = Collective(
+        name="a", kind="all-gather", axis="fsdp", group=8, times=10, sent=2e9, rate=1e9, waited=3.0
+    )
+    found = (gather, dataclasses.replace(gather, name="b", times=1, waited=1.5))
+    other = dataclasses.replace(gather, name="c", kind="all-reduce", axis="data", waited=0.0)
+    made = dataclasses.replace(made, collectives=(*found, other))
+    rows = planner.as_json(made)["collectives"]
+    assert [(r["kind"], r["seconds"], r["not_hidden_seconds"]) for r in rows] == [
+        ("all-gather", 22.0, 4.5), ("all-reduce", 20.0, 0.0),
+    ]  # fmt: skip
+    text = report.table([made], ["a"])
+    assert re.search(r"all-gather over fsdp, of +4\.500 of 22\.000", text)
+    assert re.search(r"all-reduce over data, of +0\.000 of 20\.000", text)
 
 
 @pytest.mark.parametrize(("ratio", "copies", "right"), [(1.0, 1, 1), (2.0, 1, 0), (2.0, 2, 1)])

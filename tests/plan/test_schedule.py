@@ -68,6 +68,9 @@ def test_async_overlaps_and_sync_waits(work_ms: int, gather_ms: int, total_ms: i
     assert times.communication == pytest.approx((10 * gather_ms + 5) / 1e3)
     assert times.floor == pytest.approx(1e-3)
     assert times.unestimated < 1e-9  # the counter
+    waits = schedule.waits(module, CHIP, found)
+    assert waits["sum"] == pytest.approx(5e-3)
+    assert waits.get("ag", 0.0) == pytest.approx(10 * max(gather_ms - work_ms, 0) / 1e3)
 
 
 def test_the_longest_instructions_add_up_and_go_by_their_origin() -> None:
@@ -120,6 +123,8 @@ def test_several_collectives_in_one_fusion_all_take_their_time() -> None:
     found = {"ag": collective("ag", 0.0, 10), "sum": collective("sum", 0.0, 1)}
     found |= {"m1": collective("m1", 5e-3, 10), "m2": collective("m2", 7e-3, 10)}
     assert schedule.play(hlo.parse(text), CHIP, found, 0.0).total == pytest.approx(10 * 12e-3)
+    waits = schedule.waits(hlo.parse(text), CHIP, found)  # each has its own share
+    assert (waits["m1"], waits["m2"]) == (pytest.approx(50e-3), pytest.approx(70e-3))
 
 
 def test_an_update_between_start_and_done_hides_nothing() -> None:
@@ -134,6 +139,7 @@ def test_an_update_between_start_and_done_hides_nothing() -> None:
     )  # fmt: skip
     found = {"g": collective("g", 3e-3, 10), "sum": collective("sum", 0.0, 1)}
     assert schedule.play(hlo.parse(text), CHIP, found, 0.0).total == pytest.approx(10 * 3e-3)
+    assert schedule.waits(hlo.parse(text), CHIP, found) == {"g": pytest.approx(10 * 2e-3)}
 
 
 def test_two_collectives_share_the_links() -> None:
@@ -147,7 +153,24 @@ def test_two_collectives_share_the_links() -> None:
     )  # fmt: skip
     module = hlo.parse(twice.replace("CYCLES", "1750000"))
     found = {n: collective(n, s, 10) for n, s in (("ag", 2e-3), ("ag2", 3e-3), ("sum", 0.0))}
-    assert schedule.play(module, CHIP, found, 0.0).total == pytest.approx(10 * 5e-3)
+    times = schedule.play(module, CHIP, found, 0.0)
+    assert times.total == pytest.approx(10 * 5e-3)
+    waits = schedule.waits(module, CHIP, found)  # the second is behind the first
+    assert (waits["ag"], waits["ag2"]) == (pytest.approx(10e-3), pytest.approx(30e-3))
+    assert sum(waits.values()) == pytest.approx(times.total - times.compute)
+
+
+def test_a_collective_that_the_next_loop_waits_for_is_told() -> None:
+    """Links still busy with it when a loop begins that sends itself."""
+    text = PROGRAM.replace("CYCLES", "1750000").replace(
+        "  %loop = ",
+        "  %ag0 = (f32[64], f32[512]) all-gather-start(%p), replica_groups={}\n  %loop = ",
+    ).replace("  ROOT %sum", "  %got0 = f32[512] all-gather-done(%ag0)\n  ROOT %sum")  # fmt: skip
+    found = {n: collective(n, s, r) for n, s, r in (("ag", 1e-3, 10), ("sum", 0.0, 1))}
+    found["ag0"] = collective("ag0", 4e-3, 1)
+    waits = schedule.waits(hlo.parse(text), CHIP, found)
+    assert waits["ag0"] == pytest.approx(4e-3)
+    assert waits.get("ag", 0.0) == pytest.approx(0.0)
 
 
 @pytest.mark.parametrize("cycles", ["", '"estimated_cycles":"9223372036854775807"'])
