@@ -56,8 +56,6 @@ def run(args: argparse.Namespace) -> int:
         if path:
             files.check_parent(path, flag)
     decode.check()
-    if not args.query.is_file():
-        raise UserError(f"--query {args.query}: no such file: check the path")
     stored = library.load(args.index)  # before the model: a wrong folder is said at once
     names = [video.name for video in stored.videos]
     if args.leave_out and args.leave_out not in names:
@@ -75,6 +73,8 @@ def run(args: argparse.Namespace) -> int:
             f"--detector {args.detector}: was trained on one frame of {trained.settings.window}, "
             f"the library holds one of {window}: train one with --window {window}"
         )
+    if not args.query.is_file():
+        raise UserError(f"--query {args.query}: no such file: check the path")
     encoder = features.Encoder(args.model)
     found = library.load(args.index, encoder.identity)
     frames = encoder.video(args.query, found.rate)
