@@ -68,6 +68,11 @@ def run(args: argparse.Namespace) -> int:
     trained = saved.read(args.detector) if args.detector else None
     method = pattern.chosen(args.method, args.set, trained)
     part = saved.read(args.keyframes) if args.keyframes else trained
+    if args.keyframes and part is not None and part.settings.window == 1:
+        raise UserError(
+            f"--keyframes {args.keyframes}: was trained on all frames: name a training of ske or "
+            "ssan, or of spd with --window"
+        )
     choose = pattern.Keyframes(part) if part is not None and part.settings.window > 1 else None
     if choose is not None and args.maps:
         raise UserError(

@@ -57,6 +57,12 @@ def run(args: argparse.Namespace) -> int:
             files.check_parent(path, flag)
     decode.check()
     stored = library.load(args.index)  # before the model: a wrong folder is said at once
+    names = [video.name for video in stored.videos]
+    if args.leave_out and args.leave_out not in names:
+        raise UserError(
+            f"--leave-out {args.leave_out:.80}: no video of {args.index}: names are paths below "
+            f"what was indexed, as {names[0] if names else 'folder/clip.mp4':.80}"
+        )
     load_devices()
     trained = saved.read(args.detector) if args.detector else None
     method = pattern.chosen(args.method, args.set, trained)
@@ -67,6 +73,8 @@ def run(args: argparse.Namespace) -> int:
             f"--detector {args.detector}: was trained on one frame of {trained.settings.window}, "
             f"the library holds one of {window}: train one with --window {window}"
         )
+    if not args.query.is_file():
+        raise UserError(f"--query {args.query}: no such file: check the path")
     encoder = features.Encoder(args.model)
     found = library.load(args.index, encoder.identity)
     frames = encoder.video(args.query, found.rate)

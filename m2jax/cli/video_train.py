@@ -92,6 +92,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _check_source(args: argparse.Namespace) -> None:
     from m2jax.config import UserError
+    from m2jax.tasks.video import decode
 
     labelled, edited = bool(args.features or args.labels), bool(args.model or args.videos)
     if labelled and edited:
@@ -102,6 +103,8 @@ def _check_source(args: argparse.Namespace) -> None:
         raise UserError("--pairs: belongs to --features and --labels: pass them")
     if edited and not (args.model and args.videos):
         raise UserError("--model and --videos: pass both")
+    if not decode.RATES[0] <= args.rate <= decode.RATES[1]:
+        raise UserError(f"--rate {args.rate}: choose {decode.RATES[0]:.3f} to {decode.RATES[1]:g}")
     if not 1 <= args.queries <= 10_000:
         raise UserError(f"--queries {args.queries}: choose 1 to 10,000")
 

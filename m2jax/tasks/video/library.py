@@ -196,8 +196,10 @@ def open_index(out: Path, library: Library) -> Index:
     """The library's index.
 
     Raises:
-        UserError: it cannot be opened.
+        UserError: nothing was put into it yet, or it cannot be opened.
     """
+    if not any(video.stored for video in library.videos):
+        raise UserError(f"--index {out}: indexing was not finished: run m2jax video index again")
     if library.kind == scan.KIND:
         files = [features_file(out, number) for number in range(len(library.videos))]
         return Scan(files, [video.frames for video in library.videos])

@@ -3,13 +3,23 @@
 
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from m2jax.cli.main import main
 from m2jax.config import UserError
-from m2jax.tasks.video import align, decode, features, library, page, search
+from m2jax.tasks.video import (
+    align,
+    decode,
+    features,
+    library,
+    page,
+    pattern,
+    search,
+    ssan,
+)
 from tests.tasks.video import clips
 
 # milvus-lite's server leaves sockets and threads to the garbage collector.
@@ -172,6 +182,27 @@ def test_libraries_on_one_cluster_have_collections_of_their_own(encoder, videos,
         np.testing.assert_allclose(hits.score, 1, atol=1e-4)
 
 
+def test_keyframes_keep_the_time_of_the_video(encoder, videos, tmp_path):
+    out, choose = tmp_path / "lib", pattern.Keyframes(ssan.Part(ssan.Settings(window=2), 36))
+    assert index(encoder, videos, out, kind="scan", choose=choose) == (3, 60, 1)
+    found = library.load(out)
+    assert [(video.frames, video.length) for video in found.videos] == [(20, 40)] * 3
+    every = encoder.video(videos / "library" / "c.avi", 1.0)
+    np.testing.assert_array_equal(np.load(library.features_file(out, 1)), every[::2])
+    edges = library.edges(out, found, 1)
+    np.testing.assert_array_equal(edges, [0, *np.arange(1.5, 38, 2), 40])
+    matches = search.search(
+        found,
+        library.open_index(out, found),
+        encoder.video(videos / "query.mp4", found.rate),
+        folder=out,
+        method=align.chosen("DP", [*SETTINGS["DP"], "min_length=3"]),
+        choose=choose,
+    )
+    # Of the copy from an odd frame to an even one nothing alike is kept.
+    assert any(near(m, TRUTH["sub/b.mkv"], 2.6) for m in matches if m.video == "sub/b.mkv"), matches
+
+
 def test_features_are_the_models(encoder, videos, monkeypatch):
     clip = videos / "library" / "a.mp4"
     monkeypatch.setattr(features.Encoder, "_encode", REAL)
@@ -207,7 +238,7 @@ def test_a_stopped_run_goes_on(encoder, videos, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(features.Encoder, "video", failing)
         with pytest.raises(RuntimeError, match="device lost"):
-            index(encoder, videos, tmp_path / "lib")
+            index(encoder, videos, tmp_path / "lib", kind="scan")
     assert len(library.load(tmp_path / "lib").videos) == 1  # broken.mp4 was the second
     seen.clear()
 
@@ -216,9 +247,34 @@ def test_a_stopped_run_goes_on(encoder, videos, tmp_path, monkeypatch):
         return real(self, path, rate)
 
     monkeypatch.setattr(features.Encoder, "video", counting)
-    assert index(encoder, videos, tmp_path / "lib") == (3, 80, 1)
+    assert index(encoder, videos, tmp_path / "lib", kind="scan") == (3, 80, 1)
     assert "a.mp4" not in seen
+    assert index(encoder, videos, tmp_path / "lib", kind="scan") == (0, 0, 1)
+    (line,) = (tmp_path / "lib" / "skipped.jsonl").read_text().splitlines()  # of the last run
+    assert json.loads(line)["video"] == "broken.mp4"
+    sound = {"a.mp4": videos / "library" / "a.mp4"}
+    library.build(encoder, sound, tmp_path / "lib", kind="scan", say=lambda line: None)
+    assert not (tmp_path / "lib" / "skipped.jsonl").read_text()
+
+
+def test_what_was_not_stored_is_stored_by_the_next_run(encoder, videos, tmp_path, monkeypatch):
+    """Features of all are there, the database fell away: it gets all of them again."""
+    tried = []
+
+    def insert(out, found, fresh):
+        tried.append(fresh)
+        if len(tried) == 1:
+            raise RuntimeError("no database")
+
+    monkeypatch.setattr(library, "_insert", insert)
+    with pytest.raises(RuntimeError, match="no database"):
+        index(encoder, videos, tmp_path / "lib")
+    with pytest.raises(UserError, match="indexing was not finished: run m2jax video index again"):
+        library.open_index(tmp_path / "lib", library.load(tmp_path / "lib"))
+    assert index(encoder, videos, tmp_path / "lib") == (3, 0, 1)
+    assert tried == [[0, 1, 2]] * 2
     assert index(encoder, videos, tmp_path / "lib") == (0, 0, 1)
+    assert len(tried) == 2
 
 
 def test_the_background_is_that_of_other_videos(tmp_path):
@@ -251,19 +307,28 @@ def test_other_models_and_settings_are_refused(encoder, videos, indexed, tmp_pat
     assert "not m2-encoder-demo other (" in error
     with pytest.raises(UserError, match=r"was made with rate 1\.0, not 2\.0: choose another"):
         index(encoder, videos, indexed, rate=2.0)
+    with pytest.raises(UserError, match="was made with kind 'hnsw', not 'scan': choose another"):
+        index(encoder, videos, indexed, kind="scan")
+    with pytest.raises(UserError, match="was made with keyframes '', not '"):
+        index(encoder, videos, indexed, choose=pattern.Keyframes(ssan.Part(ssan.Settings(), 36)))
     with pytest.raises(UserError, match="--ann ivf: use one of exact, hnsw, scan"):
         index(encoder, videos, tmp_path / "x", kind="ivf")
 
 
-def test_a_changed_video_is_refused(encoder, videos, tmp_path):
-    clip = clips.write_clip(tmp_path / "v.mp4", clips.scenes(3, 12))
+def test_a_changed_video_is_refused(encoder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    clip = clips.write_clip(Path("v.mp4"), clips.scenes(3, 12))
 
     def build():
         out = tmp_path / "lib"
-        library.build(encoder, {"v.mp4": clip}, out, kind="exact", say=lambda line: None)
+        library.build(encoder, {"v.mp4": clip}, out, kind="scan", say=lambda line: None)
 
     build()
-    clips.write_clip(clip, clips.scenes(4, 12))
+    (video,) = library.load(tmp_path / "lib").videos
+    assert video.path == str(tmp_path / "v.mp4")  # found from any folder
+    size = clip.stat().st_size
+    clip.write_bytes(clip.read_bytes()[:-1] + b"x")  # as many bytes
+    assert clip.stat().st_size == size
     with pytest.raises(UserError, match=r"v\.mp4 has changed since: index it into a new folder"):
         build()
 
@@ -286,13 +351,17 @@ def test_nan_features_are_named(encoder, videos, monkeypatch):
         encoder.video(videos / "library" / "a.mp4", 1.0)
 
 
-def test_words_are_checked_before_work(model, indexed, tmp_path, capsys):
+def test_words_are_checked_before_work(model, videos, indexed, tmp_path, capsys):
     words = ["video", "search", "--model", model, "--index", str(indexed), "--query", "x.mp4"]
     for extra, message in (
         (["--candidates", "0"], "--candidates 0: choose"),
         (["--html", str(tmp_path)], "is a folder"),
         (["--method", "YY"], "unknown: use one of"),
-        ([], "x.mp4: no such file"),
+        ([], "--query x.mp4: no such file"),
+        (
+            ["--query", str(videos / "query.mp4"), "--leave-out", "a"],
+            "--leave-out a: no video of",
+        ),
     ):
         assert main([*words, *extra]) == 2
         assert message in capsys.readouterr().err

@@ -2,6 +2,7 @@
 """Simulated copies: the truth is what was done, every kind changes what it names, all is seeded."""
 
 import io
+import itertools
 import json
 
 import numpy as np
@@ -45,6 +46,63 @@ def test_the_truth_is_what_was_done(kinds, seed):
     if "speed" not in kinds:
         for _, q0, r0, q1, r1, _ in made.segments:
             assert q1 - q0 == r1 - r0
+
+
+@settings(deadline=None, max_examples=60)
+@given(IN_TIME, st.integers(0, 2**16))
+def test_the_host_is_there_whole_and_once(kinds, seed):
+    made = simulate.simulate(HOST, REFERENCES, kinds, np.random.default_rng(seed))
+    rest = np.ones(len(made.frames), bool)
+    for own in made.segments:
+        rest[own.query_start : own.query_end] = False
+    for early, late in itertools.pairwise(made.segments):
+        if early.reference == late.reference:  # between its pieces is what was inserted, if any
+            rest[early.query_end : late.query_start] = False
+    assert made.frames[rest][:, 0, 0, 1].tolist() == list(range(len(HOST)))
+    # Every copy has surroundings: a third of the host before, between and behind.
+    assert made.segments[0].query_start == 10
+    assert made.segments[-1].query_end == len(made.frames) - 10
+
+
+@pytest.mark.parametrize("kinds", [[], ["reordering"], ["insertion"]])
+def test_pieces_are_as_long_as_they_may_be(kinds):
+    """From what is asked for up to half of the reference."""
+    sizes = []
+    for seed in range(60):
+        made = simulate.simulate(
+            HOST, {"a": numbered(2, 40)}, kinds, np.random.default_rng(seed), shortest=12
+        )
+        own = [one.query_end - one.query_start for one in made.segments]
+        sizes += own if "reordering" in kinds else [sum(own)]
+    assert (min(sizes), max(sizes)) == (12, 20)
+
+
+def test_reordered_pieces_do_not_overlap():
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        made = simulate.simulate(HOST, {"a": numbered(2, 40)}, ["reordering"], rng)
+        first, second = made.segments
+        assert first.reference_start >= second.reference_end
+
+
+def test_speed_takes_frames_evenly():
+    factors = set()
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        made = simulate.simulate(HOST, {"a": numbered(2, 60)}, ["speed"], rng)
+        (one,) = made.segments
+        times = made.frames[one.query_start : one.query_end, 0, 0, 1].astype(int)
+        places = np.arange(len(times))
+        fits = [
+            factor
+            for factor in (0.5, 0.75, 1.5, 2.0)
+            if np.array_equal(times - one.reference_start, np.floor(places * factor))
+        ]
+        assert len(fits) == 1
+        # All of the piece is shown, but for what the last step passes over.
+        assert one.reference_end - one.reference_start >= simulate.SHORTEST - fits[0]
+        factors.update(fits)
+    assert factors == {0.5, 0.75, 1.5, 2.0}
 
 
 def test_kinds_in_time_do_what_they_are_called():
@@ -131,7 +189,7 @@ def test_edits_are_as_strong_as_they_say(seed):
     assert abs(bars[:60].mean() - bars[60:].mean()) < 0.02
     assert abs(bars[:, :80].mean() - bars[:, 80:].mean()) < 0.02
     changed = {kind: (edited(kind, white) != white).any(axis=2) for kind in ("logo", "text")}
-    assert 0 < changed["logo"].mean() < 0.09
+    assert 0.012 < changed["logo"].mean() < 0.09  # all of it is in the picture
     assert not changed["text"][:60].any()
     assert changed["text"].any()
     small = (edited("picture-in-picture", white) == 255).all(axis=2)
@@ -146,8 +204,10 @@ def test_edits_are_as_strong_as_they_say(seed):
 def test_colours_change_and_a_third_turns_grey():
     image = Image.fromarray(scenes(2, 1)[0])
     grey = 0
+    before = np.asarray(image)
     for seed in range(60):
         values = np.asarray(simulate.colour(image, np.random.default_rng(seed)))
+        assert (values != before).mean() > 0.5
         grey += (values == values[..., :1]).all()
     assert 8 <= grey <= 32
 

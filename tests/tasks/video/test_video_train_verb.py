@@ -93,6 +93,9 @@ def test_the_detector_aligns(labelled, parts, tmp_path, capsys):
     code, nothing = align(labelled, tmp_path / "c.json", *words, source="--maps")
     assert (code, nothing) == (2, None)
     assert "keyframes are chosen by features" in capsys.readouterr().err
+    words = ["--method", "DP", "--keyframes", parts / "spd"]
+    assert align(labelled, tmp_path / "c.json", *words) == (2, None)
+    assert "was trained on all frames" in capsys.readouterr().err
 
 
 def test_classical_methods_align_keyframes_too(labelled, parts, tmp_path):
@@ -114,6 +117,7 @@ def test_classical_methods_align_keyframes_too(labelled, parts, tmp_path):
         (["--model", "m"], "--model and --videos: pass both"),
         (["--pairs", "x"], "belongs to --features"),
         (["--queries", "0"], "choose 1 to 10,000"),
+        (["--model", "m", "--videos", "x", "--rate", "0"], "--rate 0.0: choose 0.017 to 60"),
         (["--start", "nowhere"], "name a folder made by m2jax video train"),
         (["--size", "33"], "multiple of 16"),
     ],
