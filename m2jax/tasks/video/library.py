@@ -73,8 +73,10 @@ class Library:
 class Index(Protocol):
     """What can be searched."""
 
-    def search(self, features: Float32[np.ndarray, "frames dim"], limit: int, kind: str) -> Hits:
-        """The stored frames nearest to each feature."""
+    def search(
+        self, features: Float32[np.ndarray, "frames dim"], limit: int, kind: str, without: int = -1
+    ) -> Hits:
+        """The stored frames nearest to each feature, those of a video (its number) left out."""
         ...
 
     def close(self) -> None:

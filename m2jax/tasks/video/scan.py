@@ -34,9 +34,19 @@ class Scan:
         self._rows = np.zeros((0, 0), np.float32)
 
     def search(
-        self, features: Float32[np.ndarray, "frames dim"], limit: int, kind: str = KIND
+        self,
+        features: Float32[np.ndarray, "frames dim"],
+        limit: int,
+        kind: str = KIND,
+        without: int = -1,
     ) -> Hits:
         """The stored frames nearest to each feature, as ``Vectors.search`` gives them.
+
+        Args:
+            features: unit rows.
+            limit: frames for each.
+            kind: as of ``Vectors``.
+            without: number of a video that is left out; -1: none.
 
         Raises:
             UserError: a file of features is missing, damaged, or of another width.
@@ -50,13 +60,31 @@ class Scan:
             )
         shape = len(features), limit
         found = Hits(np.full(shape, -1), np.full(shape, -1), np.zeros(shape, np.float32))
-        ids = neighbours.nearest(features, self._rows, limit).ids  # of unit rows: by cosine too
+        ids = self._nearest(features, limit, without)
         here = slice(None), slice(ids.shape[1])
         found.video[here] = np.searchsorted(self._starts, ids, side="right") - 1
         found.frame[here] = ids - self._starts[found.video[here]]
         for row, feature in enumerate(features):
             found.score[row, here[1]] = self._rows[ids[row]] @ feature
         return found
+
+    def _nearest(self, features: np.ndarray, limit: int, without: int) -> np.ndarray:
+        """Rows nearest to each feature, on either side of those of a video that is left out."""
+        parts = [slice(0, len(self._rows))]
+        if without >= 0:
+            first, end = self._starts[without : without + 2].tolist()
+            parts = [slice(0, first), slice(end, len(self._rows))]
+        found = [  # rows are unit: the nearest are those of the highest cosine
+            (own.start, neighbours.nearest(features, self._rows[own], limit))
+            for own in parts
+            if own.start < own.stop
+        ]
+        if not found:
+            return np.zeros((len(features), 0), np.int64)
+        ids = np.concatenate([start + near.ids for start, near in found], axis=1)
+        apart = np.concatenate([near.distances for _, near in found], axis=1)
+        order = np.argsort(apart, axis=1, kind="stable")[:, :limit]
+        return np.take_along_axis(ids, order, axis=1)
 
     def close(self) -> None:
         """Lets go of the memory."""

@@ -71,12 +71,15 @@ def search(
     if choose is not None:
         kept = choose(features)
         query, features = keyframes.edges(kept, len(features)), features[kept]
-    hits = index.search(features, nearest, library.kind)
     lengths = [video.frames for video in library.videos]
+    names = [video.name for video in library.videos]
+    # Not dropped behind: its own frames could be all that are nearest to those of a still video.
+    without = names.index(leave_out) if leave_out in names else -1
+    hits = index.search(features, nearest, library.kind, without)
     background = library.background if rescale else 0.0
     sparse = reference_maps(_rescaled(hits, background), lengths)
     ranked = sorted(sparse, key=lambda number: -float(sparse[number].max(axis=1).sum()))
-    ranked = [n for n in ranked if library.videos[n].name != leave_out][:candidates]
+    ranked = ranked[:candidates]
     found = [sparse[number] for number in ranked]
     if full_maps:
         found = [_full(folder, number, features, background) for number in ranked]

@@ -45,11 +45,15 @@ class Vectors(Collection):
         """Puts on disk what was inserted."""
         self.patiently(lambda: self.client.flush(self.name))
 
-    def search(self, features: Float32[np.ndarray, "frames dim"], limit: int, kind: str) -> Hits:
-        """The stored frames nearest to each feature."""
+    def search(
+        self, features: Float32[np.ndarray, "frames dim"], limit: int, kind: str, without: int = -1
+    ) -> Hits:
+        """The stored frames nearest to each feature, those of a video (its number) left out."""
+        outside = f"key < {without * FRAMES} or key >= {(without + 1) * FRAMES}"
         shape = len(features), limit
         found = Hits(np.full(shape, -1), np.full(shape, -1), np.zeros(shape, np.float32))
-        for row, hits in enumerate(self.nearest(features, limit, KINDS[kind])):
+        rows = self.nearest(features, limit, KINDS[kind], where=outside if without >= 0 else "")
+        for row, hits in enumerate(rows):
             for place, hit in enumerate(hits):
                 found.video[row, place], found.frame[row, place] = divmod(hit["key"], FRAMES)
                 found.score[row, place] = hit["distance"]

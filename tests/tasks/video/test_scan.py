@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from m2jax.config import UserError
-from m2jax.tasks.video import features, library, scan, vectors
+from m2jax.tasks.video import features, library, scan, search, vectors
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
@@ -51,15 +51,41 @@ def test_it_gives_what_milvus_gives(stored, tmp_path):
         for video, rows in enumerate(own):
             index.insert(video, rows)
         index.flush()
-        for limit in (4, 60):  # more than are stored: -1 behind
-            expected = index.search(queries, limit, "exact")
-            found = scan.Scan(files, LENGTHS).search(queries, limit)
+        # More than are stored: -1 behind. Without the first video, and one between.
+        for limit, without in ((4, -1), (9, 0), (60, 2), (60, -1)):
+            expected = index.search(queries, limit, "exact", without)
+            found = scan.Scan(files, LENGTHS).search(queries, limit, without=without)
+            assert without < 0 or without not in found.video
             np.testing.assert_array_equal(found.video, expected.video)
             np.testing.assert_array_equal(found.frame, expected.frame)
             np.testing.assert_allclose(found.score, expected.score, atol=1e-5)
     finally:
         index.close()
     assert (found.video[:, sum(LENGTHS) :] == -1).all()
+
+
+def test_a_video_that_is_left_out_takes_no_place(tmp_path):
+    """A still video's own frames are its nearest: they would hide the copy of it."""
+    still = unit(np.random.default_rng(3), 1).repeat(30, axis=0)
+    copy = unit(np.random.default_rng(4), 20)
+    copy[5:17] = still[:12]
+    for number, rows in enumerate((still, copy)):
+        features.write(library.features_file(tmp_path, number), rows)
+    videos = [library.Video(name, name, [0, 0], n, True) for name, n in (("a", 30), ("b", 20))]
+    stored = library.Library("m", "f", 1.0, "scan", "", videos)
+    found = search.search(
+        stored,
+        library.open_index(tmp_path, stored),
+        still,
+        folder=tmp_path,
+        method="DP",
+        nearest=12,
+        leave_out="a",
+    )
+    assert {match.video for match in found} == {"b"}
+    assert found[0].reference_start < 8 < 14 < found[0].reference_end  # where exactly is DP's
+    alone = scan.Scan([library.features_file(tmp_path, 0)], [30])
+    assert (alone.search(still, 3, without=0).video == -1).all()
 
 
 def test_what_does_not_fit_is_named(stored):
