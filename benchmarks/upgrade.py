@@ -2,7 +2,7 @@
 """An upgrade drill: a database of old vectors is filled with new ones while it is searched.
 
     python benchmarks/upgrade.py --out runs/upgrade [--items 200000] [--dim 64] [--queries 200]
-                                 [--index FLAT] [--rest 1]
+                                 [--writes 200] [--rest 1] [--index FLAT]
 
 A Milvus server runs in a process of its own, searches in this one, and `m2jax retrieval index` in a
 third that is killed (SIGKILL) at a quarter and at half of its way; at three quarters the server is
@@ -135,14 +135,13 @@ class Searches:
 
 
 class Backfill:
-    """`m2jax retrieval index` as a user starts it, in some 200 writes; again when it ends early.
+    """`m2jax retrieval index` as a user starts it, in so many writes; again when it ends early.
 
     On a machine too busy for its own time limits the database refuses a write, and the command ends
     with that error. Whoever runs it starts it again; so does this, and counts how often.
     """
 
-    def __init__(self, uri, file, items, log):
-        batch = max(items // 200, 50)
+    def __init__(self, uri, file, batch, log):
         words = [sys.executable, "-m", "m2jax", "retrieval", "index", "--uri", uri]
         words += ["--features", str(file), "--version", "new", "--batch", str(batch)]
         self.words, self.log, self.restarts = words, log, 0
@@ -192,7 +191,9 @@ def until(searches, backfill, count, rest):
         except UserError as error:
             failed += 1
             print(f"search: {error}", flush=True)
-        time.sleep(rest)
+        wake = time.monotonic() + rest
+        while time.monotonic() < wake and backfill.running() and backfill.seen() < count:
+            time.sleep(0.05)
     return {
         "seen": backfill.seen(),
         "searches_answered": answered,
@@ -215,6 +216,7 @@ def drill(args):
     queries = looks(rng, items[chosen], "new", [ids[i] for i in chosen])
     file = args.out / "new.npz"
     np.savez(file, features=new.vectors, ids=np.array(ids))
+    batch = max(args.items // args.writes, 50)
     server = Server(args.out / f"database-{os.getpid()}.db")
     rows, events = [], []
     try:
@@ -228,7 +230,7 @@ def drill(args):
         print(json.dumps(rows[-1]), flush=True)
         log = args.out / "backfill.log"
         for share, what in ((0.25, "backfill"), (0.5, "backfill"), (0.75, "server")):
-            filling = Backfill(server.uri, file, args.items, log)
+            filling = Backfill(server.uri, file, batch, log)
             told = until(searches, filling, share * args.items, args.rest)
             filling.kill()
             if what == "server":
@@ -240,7 +242,7 @@ def drill(args):
             print(json.dumps(events[-1]), flush=True)
             rows.append(searches.phase(f"{held['new'] / args.items:.0%} new"))
             print(json.dumps(rows[-1]), flush=True)
-        filling = Backfill(server.uri, file, args.items, log)
+        filling = Backfill(server.uri, file, batch, log)
         told = until(searches, filling, args.items + 1, args.rest)
         events.append({"event": f"backfill ended with {filling.process.wait()}", **told})
         print(json.dumps(events[-1]), flush=True)
@@ -268,6 +270,7 @@ def main():
     parser.add_argument("--items", type=int, default=200_000)
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--queries", type=int, default=200)
+    parser.add_argument("--writes", type=int, default=200, help="of a whole backfill")
     parser.add_argument("--rest", type=float, default=1.0, help="seconds between two searches")
     parser.add_argument("--index", default="FLAT", help="FLAT (exact, default) or HNSW")
     parser.add_argument("--seed", type=int, default=0)
