@@ -9,6 +9,7 @@ and there is no file beside the database that could disagree with it.
 from __future__ import annotations
 
 import hashlib
+import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -18,11 +19,15 @@ import numpy as np
 from jaxtyping import Float32
 
 from m2jax.config import UserError
+from m2jax.tasks.retrieval import npz
 from m2jax.tasks.retrieval.store import ID_BYTES, Store, checked_version
-from m2jax.tasks.vectors import unit
+from m2jax.tasks.vectors import TINY, unit
 
 BATCH = 1000  # items of one write
 SAME = 1e-5  # numbers of equal vectors may differ by
+UNSTORABLE = re.compile(
+    r"[\x00-\x1f\x7f\ud800-\udfff]"
+)  # in an id: a filter cannot say all of them
 
 
 class Features(NamedTuple):
@@ -60,13 +65,7 @@ def read_features(files: Sequence[Path]) -> Features:
     ids: list[str] = []
     parts: list[np.ndarray] = []
     for file in files:
-        try:
-            with np.load(file, allow_pickle=False) as held:
-                names, vectors = held["ids"], held["features"]
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(
-                f"{file}: no features and ids in it ({error}): make it with m2jax embed"
-            ) from error
+        vectors, names = npz.read(file, "ids", "make it with m2jax embed")
         if vectors.ndim != 2 or names.shape != vectors.shape[:1] or not vectors.size:
             raise UserError(
                 f"{file}: features {vectors.shape} and ids {names.shape} do not fit: give "
@@ -76,10 +75,13 @@ def read_features(files: Sequence[Path]) -> Features:
             raise UserError(f"{file}: features of another dimension than {files[0]}: split them")
         if vectors.dtype.kind != "f" or not np.isfinite(vectors).all():
             raise UserError(f"{file}: a feature is not a number: embed anew")
-        if not np.linalg.norm(vectors.astype(np.float64), axis=1).all():
-            raise UserError(f"{file}: a feature is zero and has no direction: embed anew")
+        with np.errstate(over="ignore", under="ignore"):
+            vectors = vectors.astype(np.float32)
+            length = np.linalg.norm(vectors, axis=1)
+        if not ((length > TINY) & np.isfinite(length)).all():
+            raise UserError(f"{file}: a feature is zero, or too large for float32: embed anew")
         ids += [str(name) for name in names]
-        parts.append(vectors.astype(np.float32))
+        parts.append(vectors)
     _check_ids(ids)
     if not parts:
         raise UserError("--features: names no file: give at least one")
@@ -91,6 +93,8 @@ def _check_ids(ids: Sequence[str]) -> None:
     for name in ids:
         if not 0 < len(name.encode("utf-8", "replace")) <= ID_BYTES:
             raise UserError(f"id {name[:40]!r}: must have 1 to {ID_BYTES} bytes: shorten it")
+        if UNSTORABLE.search(name):
+            raise UserError(f"id {name[:40]!r}: has a character that cannot be stored: rename it")
         if name in seen:
             raise UserError(f"id {name[:40]!r}: comes twice: name each item once")
         seen.add(name)

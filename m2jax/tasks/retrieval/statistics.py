@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 
 from m2jax.config import UserError
 from m2jax.losses.compatible import OldClasses
+from m2jax.tasks.retrieval import npz
 
 Batches = Iterable[tuple[Float[np.ndarray, "batch dim"], Int[np.ndarray, " batch"]]]
 FENCE = 1.5  # interquartile ranges beyond the quartiles; what lies farther is an outlier
@@ -177,13 +178,7 @@ def shard_batches(files: Iterable[Path]) -> Batches:
         UserError: a file that cannot be read or lacks one of the two.
     """
     for file in files:
-        try:
-            with np.load(file, allow_pickle=False) as held:
-                features, labels = held["features"], held["labels"]
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(
-                f"{file}: no features and labels in it ({error}): make it an .npz with both"
-            ) from error
+        features, labels = npz.read(file, "labels", "make it an .npz with both")
         if features.ndim != 2 or labels.shape != features.shape[:1] or labels.dtype.kind != "i":
             raise UserError(
                 f"{file}: features {features.shape} and labels {labels.shape} {labels.dtype} do "

@@ -8,6 +8,7 @@ single step: nothing is ever there twice or missing, however often a backfill is
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -111,8 +112,12 @@ class Store(Collection):
     def read(self, ids: Sequence[str]) -> dict[str, Row]:
         """Those of the named items that are there."""
         self.load()
+        # pymilvus' own ``get`` puts ids between quotes as they are, and paths may have quotes.
+        where = f"id in [{', '.join(json.dumps(name, ensure_ascii=False) for name in ids)}]"
         rows = self.patiently(
-            lambda: self.client.get(self.name, ids=[*ids], output_fields=[*FIELDS])
+            lambda: self.client.query(
+                self.name, where, output_fields=[*FIELDS], consistency_level="Strong"
+            )
         )
         return {row["id"]: _row(row) for row in rows}
 

@@ -38,6 +38,13 @@ def test_shards_give_what_the_whole_gives(tmp_path):
     assert not whole.old_classes().known[5]
 
 
+def test_a_class_of_one_image_bounds_nothing():
+    x, _ = features(n=3)
+    found = statistics.class_statistics(lambda: [(x, np.array([0, 1, 1]))], 2)
+    assert found.counts.tolist() == [1, 2]
+    assert found.old_classes().known.tolist() == [False, True]
+
+
 def test_outliers_are_left_out_from_four_images_on():
     rising = np.array([1.0, 1.1, 1.2, 9.0])
     assert statistics.without_outliers(rising[:3]).tolist() == [1.0, 1.1, 1.2]
@@ -45,6 +52,7 @@ def test_outliers_are_left_out_from_four_images_on():
     assert statistics.without_outliers(rising)[-1] == 9.0
     longer = np.array([1.0, 1.1, 1.2, 1.3, 1.4, 9.0])
     assert statistics.without_outliers(longer)[-1] == 1.4
+    assert statistics.without_outliers(10 - longer[::-1]).tolist() == (10 - longer[4::-1]).tolist()
 
 
 def test_input_that_cannot_be(tmp_path):

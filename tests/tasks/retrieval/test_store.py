@@ -70,6 +70,32 @@ def test_one_version_has_one_vector_per_item(store):
         backfill(store, old, "v1", batch=0)
 
 
+def test_one_number_that_differs_is_another_vector(store):
+    old, _ = models()
+    store.create(16)
+    backfill(store, old, "v1")
+    changed = old.vectors.copy()
+    changed[7, 3] += 0.5 * np.abs(changed[7]).max()
+    with pytest.raises(UserError, match=r"^item 7: has another vector of version v1"):
+        backfill(store, old._replace(vectors=changed), "v1")
+
+
+def test_ids_may_have_quotes(store):
+    """They go into a filter, where a quote would end them and a backslash be swallowed."""
+    old, new = models(n=7)
+    ids = ["O'Neill's.jpg", 'a"b', "a\\b", "\\n", "a\\", "x'] or id != 'x", '", "']
+    old, new = (each._replace(ids=ids) for each in (old, new))
+    store.create(16)
+    assert backfill(store, old, "v1")[1:] == (7, 0, 0)
+    assert {*store.read(["O'Neill's.jpg", "x'] or id != 'x", "y'] or id != 'y"])} == {
+        ids[0],
+        ids[5],
+    }
+    assert backfill(store, new, "v2")[1:] == (0, 7, 0)
+    assert backfill(store, new, "v2")[1:] == (0, 0, 7)
+    assert contents(store) == expected([(new, "v2")])
+
+
 def test_databases_that_cannot_be_opened(tmp_path):
     with pytest.raises(UserError, match=r"ends in \.db"):
         Store(str(tmp_path / "x"))
@@ -94,6 +120,11 @@ def test_features_that_cannot_be(tmp_path):
     refused("do not fit", features=good.vectors, ids=ids[1:])
     refused("not a number", features=good.vectors * np.nan, ids=ids)
     refused("is zero", features=good.vectors * 0, ids=ids)
+    refused("is zero", features=good.vectors * 1e-20, ids=ids)
+    refused("too large", features=good.vectors.astype(float) * 1e300, ids=ids)
+    refused("too large", features=good.vectors * np.float32(1e30), ids=ids)
+    for bad in ("a\nb", "a\x00b", "a\udcffb"):  # the last: a file name that is no UTF-8
+        refused("cannot be stored", features=good.vectors[:1], ids=np.array([bad]))
     refused("comes twice", features=good.vectors, ids=np.resize(ids[:7], 60))
     refused("1 to 512 bytes", features=good.vectors[:1], ids=np.array(["x" * 513]))
     refused("no features and ids", features=good.vectors[:1], ids=np.array([{}], object))
@@ -102,6 +133,26 @@ def test_features_that_cannot_be(tmp_path):
     write_npz(tmp_path / "h.npz", small)
     with pytest.raises(UserError, match="another dimension"):
         read_features([tmp_path / "g.npz", tmp_path / "h.npz"])
+    write_npz(tmp_path / "h.npz", good._replace(ids=["another", *good.ids[1:]]))
+    with pytest.raises(UserError, match="'item 1': comes twice"):
+        read_features([tmp_path / "g.npz", tmp_path / "h.npz"])
+
+
+def test_damaged_files_are_refused_in_one_line(tmp_path):
+    """Cut, changed, empty, another format: NumPy raises something else for each."""
+    good, _ = models()
+    np.savez_compressed(tmp_path / "z.npz", features=good.vectors, ids=np.array(good.ids))
+    np.save(tmp_path / "one.npy", good.vectors)
+    whole = (tmp_path / "z.npz").read_bytes()
+    changed = bytearray(whole)
+    changed[120:124] = b"\xff\x00\xff\x55"
+    parts = {"empty": b"", "cut": whole[: len(whole) // 2], "changed": bytes(changed)}
+    for name, body in parts.items():
+        (tmp_path / f"{name}.npz").write_bytes(body)
+    for name in (*(f"{part}.npz" for part in parts), "one.npy", "missing.npz"):
+        with pytest.raises(UserError, match=rf"{name}: no features and ids in it") as error:
+            read_features([tmp_path / name])
+        assert "\n" not in str(error.value)
 
 
 def test_a_checksum_tells_every_difference():
