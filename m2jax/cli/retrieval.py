@@ -113,6 +113,8 @@ def run_search(args: argparse.Namespace) -> int:
         raise UserError(f"--k {args.k}: must be at least 1")
     if args.out:
         files.check_parent(args.out, "--out")
+    if "://" not in args.uri and not Path(args.uri).exists():  # to open it would make it
+        raise UserError(f"--uri {args.uri}: no such database: m2jax retrieval index makes it")
     queries = read_features(args.features)
     lines = []
     with Store(args.uri, args.collection, args.token) as store:
@@ -148,6 +150,8 @@ def run_report(args: argparse.Namespace) -> int:
     if report.scores:
         p = report.scores
         print(f"P_up {p.p_up:.2f}, P_comp {p.p_comp:.2f}, P_1 {p.p_1:.2f}")
+    elif any(each.alone is not None for each in report.sets):
+        print("no scores: not every set has a model trained alone that is better than the old one")
     print("safe: the new model can search the stored vectors" if report.safe else "not safe")
     if args.json:
         found = {

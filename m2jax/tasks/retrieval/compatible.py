@@ -135,7 +135,7 @@ class CompatibleTask:
                 advbct.Batch(features, batch["old"], batch["label"]),
                 self._old.classes,
                 progress=step / total_steps,
-                adversarial_weight=(cfg.epochs - epoch + 1) / cfg.epochs,
+                adversarial_weight=adversarial.adversarial_weight(epoch, cfg.epochs),
                 tau=cfg.tau,
             )
             told = {

@@ -8,6 +8,7 @@ which batch-normalised ones have on average. That, and AdamW for small towers, a
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -75,8 +76,11 @@ def known_first(data: Labelled, known: Sequence[str]) -> Labelled:
     """The set with its classes in another order: those of ``known`` first, in that order.
 
     Raises:
-        UserError: a class that the set has not.
+        UserError: a class that the set has not, or that is named twice.
     """
+    twice = [name for name, count in collections.Counter(known).items() if count > 1]
+    if twice:
+        raise UserError(f"class {twice[0]!r}: of the old model's, is named twice: name it once")
     place = {name: number for number, name in enumerate(data.names)}
     missing = [name for name in known if name not in place]
     if missing:

@@ -230,6 +230,8 @@ def test_known_classes_come_first():
     np.testing.assert_array_equal(np.array(data.names)[data.labels], before)
     with pytest.raises(UserError, match="class 9"):
         train_compatible.known_first(data, ["class 9"])
+    with pytest.raises(UserError, match=r"class 4.*named twice"):
+        train_compatible.known_first(data, ["class 4", "class 1", "class 4"])
 
 
 def test_statistics_are_of_known_classes_and_centres_of_all():
@@ -253,6 +255,56 @@ def test_rates_are_the_published_steps():
     found = train_compatible.rates(Recipe(), 30)
     wanted = [0.1] * 5 + [0.01] * 5 + [0.001] * 10 + [0.0001] * 10
     np.testing.assert_allclose(found, wanted, rtol=1e-9)
+
+
+class CalledError(Exception):
+    """Ends a training or a command where it would begin."""
+
+
+def test_an_epochs_order_is_its_own_and_the_same_again(tmp_path, monkeypatch):
+    orders = []
+
+    def called(source, order, mesh, batch):
+        orders.append(order)
+        raise CalledError
+
+    monkeypatch.setattr(train_compatible, "Epochs", called)
+    settings = dataclasses.replace(PLAIN, method="none")
+    with pytest.raises(CalledError):
+        train_compatible.train(labelled(), settings, SHORT, tmp_path / "run", **QUIET)
+    first, again, second = (np.stack(orders[0](epoch, {})) for epoch in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert sorted(first.ravel()) == [*range(36)]
+    assert not np.array_equal(first, second)
+
+
+def test_each_word_reaches_the_training(tmp_path, monkeypatch, capsys):
+    seen = []
+
+    def called(data, settings, recipe, out, stored, start):
+        seen.append((data, settings, recipe))
+        raise CalledError
+
+    monkeypatch.setattr(train_compatible, "train", called)
+    root = market(tmp_path / "market")
+    words = ["retrieval", "train-compatible", "--data", str(root), "--layout", "market1501"]
+    words += ["--out", str(tmp_path / "run"), "--method", "none", "--size", "32x16", "--width"]
+    words += ["24", "--layers", "2", "--heads", "4", "--patch", "8", "--dim", "12", "--tau", "0.7"]
+    words += ["--epochs", "9", "--batch-size", "10", "--optimizer", "sgd", "--flip", "0.25"]
+    assert main([*words, "--pad", "2", "--seed", "5", "--learning-rate", "0.03"]) == 1
+    data, settings, recipe = seen[0]
+    assert (len(data.labels), settings.method, settings.dim, settings.tau) == (20, "none", 12, 0.7)
+    assert (settings.epochs, settings.flip, settings.pad) == (9, 0.25, 2)
+    assert (recipe.batch, recipe.optimizer, recipe.seed) == (10, "sgd", 5)
+    assert recipe.learning_rate == 0.03
+    tower = settings.tower
+    assert (tower.height, tower.image_width, tower.width, tower.layers) == (32, 16, 24, 2)
+    assert (tower.heads, tower.patch_size, tower.tokens) == (4, 8, 1)
+    (tmp_path / "c.txt").write_text("0\n1\n0\n")
+    capsys.readouterr()
+    more = ["--old-classes", str(tmp_path / "c.txt")]
+    assert main([*words, *more]) == 2
+    assert "--old-classes: goes with --old-features" in capsys.readouterr().err
 
 
 def test_what_excludes_each_other(tmp_path):
