@@ -13,10 +13,11 @@ from m2jax import config
 from m2jax.config import UserError
 from m2jax.config_dual import Dual, Text, Vision
 from m2jax.dist.sharding import batch_sharding
+from m2jax.losses.diversity import dcformer_loss
 from m2jax.models import params as params_lib
 from m2jax.models.class_tokens import ClassTokens, from_vision_tower
 from m2jax.models.dual import DualEncoder
-from m2jax.tasks.reid import dcformer
+from m2jax.tasks.reid import dcformer, train
 from m2jax.tasks.reid.dcformer import DCFormerTask, Settings
 from m2jax.train.step import make_step
 from m2jax.train.task import Task
@@ -138,6 +139,67 @@ def test_settings_that_exclude_each_other():
         DCFormerTask(dataclasses.replace(PLAIN, tower=dataclasses.replace(TOWER, heads=3)))
 
 
+def test_the_loss_is_dcformers():
+    """Each token by a norm and a classifier of its own, with cameras, DWC and its weight."""
+    tower = dataclasses.replace(TOWER, cameras=2)
+    task = DCFormerTask(dataclasses.replace(PLAIN, tower=tower, dynamic=True, diversity=0.25))
+    params, given = task.init(jax.random.key(0)), batch()
+    heads = params["heads"]
+    rng = np.random.default_rng(0)
+    heads["scale"] = jnp.asarray(rng.uniform(0.5, 2, (3, 16)), jnp.float32)
+    heads["kernel"] = jnp.asarray(rng.normal(size=(3, 16, 4)), jnp.float32)
+    pixels = dcformer.normalised(given["image"], task.cfg)
+    tokens = params_lib.bind(task.model.graph, params).tower(pixels, given["camera"])
+    logits = [
+        (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5) * heads["scale"][k] @ heads["kernel"][k]
+        for k, x in enumerate(np.moveaxis(np.asarray(tokens), 1, 0))
+    ]
+    wanted = dcformer_loss(
+        tokens, jnp.stack(logits, 1), given["identity"], dynamic=True, weight=0.25
+    )
+    found, metrics = task.loss(params, given, jax.random.key(1))
+    assert float(found) == pytest.approx(float(wanted.total), rel=1e-4)
+    assert float(metrics["loss/identity"]) == pytest.approx(float(wanted.identity.mean()), rel=1e-4)
+    assert float(metrics["loss/diverse"]) == pytest.approx(float(wanted.diverse), rel=1e-4)
+
+
+def test_each_change_is_the_published_one():
+    """Mirrored left to right; gray or noise in a rectangle and not elsewhere; crops all round."""
+    pixels = jax.random.normal(jax.random.key(5), (64, 16, 8, 3))
+
+    def changed(**shares):
+        cfg = dataclasses.replace(PLAIN, **shares)
+        return np.asarray(dcformer.augment(pixels, cfg, jax.random.key(0)))
+
+    before = np.asarray(pixels)
+    np.testing.assert_array_equal(changed(flip=1.0), before[:, :, ::-1])
+    for name in ("gray", "erase"):
+        found = changed(**{name: 1.0})
+        inside = (found != before).any(-1)
+        assert inside.any((1, 2)).mean() > 0.9
+        for image, was, here in zip(found, before, inside, strict=True):
+            rows, columns = np.flatnonzero(here.any(1)), np.flatnonzero(here.any(0))
+            assert here.sum() == len(rows) * len(columns)
+            if name == "gray":
+                wanted = was[here] @ np.array([[0.299], [0.587], [0.114]])
+                np.testing.assert_allclose(image[here], np.tile(wanted, 3), atol=1e-5)
+        if name == "erase":
+            assert 0.9 < found[inside].std() < 1.1
+    found, padded = changed(pad=3), np.pad(before, ((0, 0), (3, 3), (3, 3), (0, 0)))
+    seen = set()
+    for image, wide in zip(found, padded, strict=True):
+        at = [
+            (down, right)
+            for down in range(7)
+            for right in range(7)
+            if np.array_equal(wide[down : down + 16, right : right + 8], image)
+        ]
+        assert len(at) == 1
+        seen |= {*at}
+    for axis in range(2):
+        assert {place[axis] for place in seen} == {*range(7)}
+
+
 def test_rectangles_and_crops_stay_inside():
     masks = np.asarray(dcformer.rectangles(jax.random.key(0), 200, 20, 10, 0.5))
     shares = masks.mean((1, 2))
@@ -152,6 +214,16 @@ def test_rectangles_and_crops_stay_inside():
     assert found.shape == pixels.shape
     same = dcformer.augment(pixels, PLAIN, jax.random.key(0))
     np.testing.assert_array_equal(same, pixels)
+
+
+def test_biases_learn_twice_as_fast_by_sgd():
+    recipe = train.Recipe(epochs=9)
+    rule = train.optimizer_of(recipe, train._experiment(recipe, 9, 1), 1).transform
+    params = {"fc": {"kernel": jnp.zeros(2), "bias": jnp.zeros(2)}}
+    updates, _ = rule.update(jax.tree.map(jnp.ones_like, params), rule.init(params), params)
+    rate = 0.008 * (0.01 + 0.99 / 5)
+    np.testing.assert_allclose(updates["fc"]["kernel"], -rate, rtol=1e-5)
+    np.testing.assert_allclose(updates["fc"]["bias"], -2 * rate, rtol=1e-5)
 
 
 def clip(pre_norm=True):
