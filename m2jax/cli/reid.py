@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -139,7 +140,7 @@ def run_train(args: argparse.Namespace) -> int:
         std=start.pixels.std,
         **{name: getattr(args, name) for name in names},
     )
-    if min(args.diversity, args.scene_weight) < 0:
+    if not (0 <= args.diversity < math.inf and 0 <= args.scene_weight < math.inf):
         raise UserError("--diversity, --scene-weight: must be 0 or more")
     try:
         made = train.train(data, settings, recipe, args.out, start=start.params)

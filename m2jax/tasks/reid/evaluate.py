@@ -54,6 +54,8 @@ def evaluate(
         UserError: a picture cannot be read, no query has a match, or too many to re-rank.
     """
     sides = data.query, data.gallery
+    labels = data.query.labels, data.gallery.labels
+    metrics.relevance(*labels)  # that nothing can be measured is said before hours of embedding
     pairs = len(data.query.images) * len(data.gallery.images)
     if rerank and pairs > RERANKED:
         raise UserError(f"--rerank: {pairs:,} pairs are more than {RERANKED:,}: leave it out")
@@ -68,7 +70,6 @@ def evaluate(
 
         features.append(features[0] if one and features else embed(model, side, batch, heard))
         done += len(side.images)
-    labels = data.query.labels, data.gallery.labels
     found = {"plain": _figures(metrics.evaluate(FeatureScores(features[0], features[1]), *labels))}
     if rerank:
         unit = [x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in features]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -52,8 +53,9 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.optimizer not in OPTIMISERS:
             raise UserError(f"optimizer {self.optimizer!r}: use one of {', '.join(OPTIMISERS)}")
-        if min(self.batch, self.log_every) < 1 or self.learning_rate <= 0:
-            raise UserError("batch: at least 1; learning rate: above 0")
+        small = min(self.batch, self.log_every) < 1 or self.seed < 0
+        if small or not 0 < self.learning_rate < math.inf:
+            raise UserError("batch: at least 1; seed: 0 or more; learning rate: above 0")
 
 
 class Labelled(NamedTuple):

@@ -106,7 +106,7 @@ def test_a_run_that_was_cut_off_goes_on_alike(tmp_path, monkeypatch, batches, pr
     assert not (tmp_path / "cut" / embedder.INSIDE).exists()
     same(whole, train.train(data(), settings, recipe, tmp_path / "cut", **QUIET))
     other = dataclasses.replace(recipe, p=2)
-    with pytest.raises(UserError, match="recipe is"):
+    with pytest.raises(UserError, match=r"recipe\.p is 3 there and 2 in this run"):
         train.train(data(), settings, other, tmp_path / "cut", **QUIET)
 
 

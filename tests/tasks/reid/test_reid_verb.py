@@ -9,6 +9,7 @@ from PIL import Image
 
 from m2jax import bundle
 from m2jax.cli.main import main
+from m2jax.config import UserError
 from m2jax.eval.sets.records import Made
 from m2jax.tasks.reid import train
 from m2jax.tasks.reid.evaluate import evaluate
@@ -92,6 +93,13 @@ def test_bad_words(market, monkeypatch, capsys):
     (market / "query" / "0001_c1s1_000001_00.png").write_bytes(b"no picture")
     assert main([*words, "--layout", "market1501"]) == 2
     assert "0001_c1s1_000001_00.png" in capsys.readouterr().err
+
+
+def test_a_set_of_one_camera_is_refused_before_it_is_embedded():
+    drawn = Made(4, lambda row: pytest.fail("a picture was read"))
+    side = Split(drawn, Labels(np.arange(4) // 2, np.zeros(4, int)))
+    with pytest.raises(UserError, match="no query has a match by another camera"):
+        evaluate(Table(np.ones(12)), ReidSet(side, side, side))
 
 
 class CalledError(Exception):
