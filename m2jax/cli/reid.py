@@ -31,6 +31,11 @@ def add_parser(subparsers: Any) -> None:
     measure.add_argument(
         "--rerank", action="store_true", help="k-reciprocal re-ranking (20, 6, 0.3) too"
     )
+    measure.add_argument(
+        "--no-cameras",
+        action="store_true",
+        help="do not tell them to a model that was trained with --cameras",
+    )
     measure.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     measure.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.set_defaults(run=run)
@@ -189,7 +194,8 @@ def run_eval(args: argparse.Namespace) -> int:
     def say(done: int, total: int) -> None:
         print(f"\r{done:,}/{total:,}", end="", file=sys.stderr, flush=True)
 
-    found = evaluate.evaluate(model, data, batch=args.batch_size, rerank=args.rerank, say=say)
+    words = {"batch": args.batch_size, "rerank": args.rerank, "cameras": not args.no_cameras}
+    found = evaluate.evaluate(model, data, **words, say=say)
     print(file=sys.stderr)
     for name, each in found.items():
         ranks = ", ".join(f"R{r} {each[f'r{r}']:.4f}" for r in evaluate.RANKS if f"r{r}" in each)

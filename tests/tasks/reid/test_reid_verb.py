@@ -11,6 +11,9 @@ from m2jax import bundle
 from m2jax.cli.main import main
 from m2jax.config import UserError
 from m2jax.eval.sets.records import Made
+from m2jax.models.class_tokens import ClassTokens
+from m2jax.tasks import embedder
+from m2jax.tasks.reid import evaluate as evaluate_lib
 from m2jax.tasks.reid import train
 from m2jax.tasks.reid.evaluate import evaluate
 from m2jax.tasks.reid.metrics import Labels
@@ -100,6 +103,54 @@ def test_a_set_of_one_camera_is_refused_before_it_is_embedded():
     side = Split(drawn, Labels(np.arange(4) // 2, np.zeros(4, int)))
     with pytest.raises(UserError, match="no query has a match by another camera"):
         evaluate(Table(np.ones(12)), ReidSet(side, side, side))
+
+
+def test_more_cameras_than_the_model_knows(monkeypatch):
+    """Refused before a picture is read, and measured without them if asked to."""
+
+    class Sided(embedder.Embedder):
+        """Features by the red of a picture; heard of cameras."""
+
+        def preprocess(self, images):
+            return np.array([image.getpixel((0, 0))[0] for image in images])
+
+        def encode_image(self, pixels, cameras=None):
+            told.append(cameras)
+            return np.eye(12)[pixels]
+
+    told, read = [], []
+
+    def drawn(row):
+        read.append(row)
+        return Image.new("RGB", (2, 2), (row, 0, 0))
+
+    tower = ClassTokens(cameras=3)
+    pixels = embedder.Pixels(height=tower.height, width=tower.image_width)
+    model = Sided(tower=tower, pixels=pixels, params={})
+    side = Split(Made(12, drawn), Labels(np.arange(12) // 4, np.arange(12) % 4))
+    with pytest.raises(UserError, match="has 4 cameras, the model knows 3: add --no-cameras"):
+        evaluate(model, ReidSet(side, side, side))
+    assert not read
+    assert evaluate(model, ReidSet(side, side, side), cameras=False)["plain"]["queries"] == 12
+    few = Split(side.images, Labels(np.arange(12) // 3, np.arange(12) % 3))
+    assert told == [None]
+    evaluate(model, ReidSet(few, few, few))
+    np.testing.assert_array_equal(told[1], few.labels.cameras)
+
+
+def test_no_cameras_reaches_the_measuring(market, monkeypatch):
+    seen = []
+
+    def called(model, data, **words):
+        seen.append(words["cameras"])
+        raise CalledError
+
+    monkeypatch.setattr(bundle, "load", lambda path: Colours())
+    monkeypatch.setattr(evaluate_lib, "evaluate", called)
+    words = ["reid", "eval", "--model", "x", "--data", str(market), "--layout", "market1501"]
+    assert main(words) == 1
+    assert main([*words, "--no-cameras"]) == 1
+    assert seen == [True, False]
 
 
 class CalledError(Exception):
