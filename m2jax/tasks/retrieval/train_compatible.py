@@ -11,10 +11,10 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -37,6 +37,7 @@ from m2jax.train.step import make_step
 OPTIMISERS = ("sgd", "adamw")
 MILESTONES = (1 / 6, 1 / 3, 2 / 3)  # of the epochs: 5, 10 and 20 of 30
 ADAMW_DECAY = 0.05  # of matrices
+ROWS = 65_536  # images whose vectors are looked at at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,10 +105,18 @@ def old_of(stored: Stored, labels: Int[np.ndarray, " images"], classes: int) -> 
     mine = there & (labels < stored.known)
     if not mine.any():
         raise UserError("old model: no vector of its classes' images: name those it was trained on")
-    own = class_statistics(lambda: [(stored.vectors[mine], labels[mine])], stored.known)
-    every = class_statistics(lambda: [(stored.vectors[there], labels[there])], classes)
+    own = class_statistics(lambda: _rows(stored, labels, mine), stored.known)
+    every = class_statistics(lambda: _rows(stored, labels, there), classes)
     angles = own.angle_max.astype(np.float32)
     return Old(own.old_classes(), angles, every.centres.astype(np.float32), stored.classifier)
+
+
+def _rows(stored: Stored, labels: np.ndarray, kept: np.ndarray) -> Iterator[tuple[Any, Any]]:
+    """Vectors and labels of some images, ROWS at a time: statistics are made in float64."""
+    rows = np.flatnonzero(kept)
+    for first in range(0, len(rows), ROWS):
+        part = rows[first : first + ROWS]
+        yield stored.vectors[part], labels[part]
 
 
 def shown(stored: Stored, seed: int) -> Float[np.ndarray, "images dim"]:

@@ -66,6 +66,10 @@ def test_one_version_has_one_vector_per_item(store):
         store.search(old.vectors, 1, ['a" or ""=="'])
     with pytest.raises(UserError, match="use one of FLAT"):
         store.create(16, index="TREE")
+    with pytest.raises(UserError, match="--index HNSW: items has FLAT already"):
+        store.create(16, index="HNSW")
+    store.create(16)
+    store.create(16, index="FLAT")
     with pytest.raises(UserError, match="--batch 0"):
         backfill(store, old, "v1", batch=0)
 
@@ -79,6 +83,52 @@ def test_a_vector_that_differs_in_two_numbers_is_another(store):
     changed[7, [3, 4]] = changed[7, [4, 3]]
     with pytest.raises(UserError, match=r"^item 7: has another vector of version v1"):
         backfill(store, old._replace(vectors=changed), "v1")
+
+
+@pytest.mark.parametrize("index", ["HNSW", "AUTOINDEX"])
+def test_an_index_stays_what_it_is(store, tmp_path, index):
+    store.create(16, index=index)
+    store.create(16, index=index)
+    store.create(16)
+    with pytest.raises(UserError, match=f"--index FLAT: items has {index} already"):
+        store.create(16, index="FLAT")
+
+
+def test_older_vectors_over_newer_ones_are_told_of(store):
+    """Once, before it happens; an upgrade, or one that goes on, is nothing to tell of."""
+    old, new = models()
+    store.create(16)
+    told = []
+
+    def warn(line):
+        told.append((line, store.count("v10")))
+
+    half = new._replace(ids=new.ids[:30], vectors=new.vectors[:30])
+    for features, version in ((old, "v9"), (half, "v10"), (half, "v10")):
+        backfill(store, features, version, batch=10, warn=warn)
+    assert not told
+    assert backfill(store, old, "v9", batch=10, warn=warn)[1:] == (0, 30, 30)
+    (line, newer), *more = told
+    assert "replaces vectors of version v10 by those of v9" in line
+    assert newer == 30
+    assert not more
+
+
+@pytest.mark.parametrize(
+    ("version", "other", "older"),
+    [
+        ("v9", "v10", True),
+        ("v10", "v9", False),
+        ("v1", "v1", False),
+        ("m2-1.2", "m2-1.10", True),
+        ("2024-12", "2025-01", True),
+        ("b1", "a2", False),  # of different models: nobody knows
+        ("a", "b", False),
+        ("v1", "v1.1", False),
+    ],
+)
+def test_versions_are_compared_by_their_numbers(version, other, older):
+    assert backfill_lib.is_older(version, other) is older
 
 
 def test_ids_may_have_quotes(store):
@@ -127,6 +177,7 @@ def test_features_that_cannot_be(tmp_path):
     for bad in ("a\nb", "a\x00b", "a\udcffb"):  # the last: a file name that is no UTF-8
         refused("cannot be stored", features=good.vectors[:1], ids=np.array([bad]))
     refused("comes twice", features=good.vectors, ids=np.resize(ids[:7], 60))
+    refused("features are bool: give", features=good.vectors > 0, ids=ids)
     refused("1 to 512 bytes", features=good.vectors[:1], ids=np.array(["x" * 513]))
     refused("no features and ids", features=good.vectors[:1], ids=np.array([{}], object))
     write_npz(tmp_path / "g.npz", good)
@@ -137,6 +188,25 @@ def test_features_that_cannot_be(tmp_path):
     write_npz(tmp_path / "h.npz", good._replace(ids=["another", *good.ids[1:]]))
     with pytest.raises(UserError, match="'item 1': comes twice"):
         read_features([tmp_path / "g.npz", tmp_path / "h.npz"])
+
+
+def test_whole_numbers_are_features_too(tmp_path):
+    """What a quantised model gives."""
+    numbers = np.random.default_rng(0).integers(-128, 128, (5, 4), np.int8)
+    np.savez(tmp_path / "f.npz", features=numbers, ids=np.array([*"abcde"]))
+    found = read_features([tmp_path / "f.npz"]).vectors
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, numbers)
+
+
+def test_files_are_read_one_at_a_time(tmp_path):
+    """A later one is not opened before it is asked for."""
+    good, _ = models()
+    first = write_npz(tmp_path / "a.npz", good)
+    parts = backfill_lib.shards([first, tmp_path / "missing.npz"])
+    assert next(parts).ids == good.ids
+    with pytest.raises(UserError, match="missing"):
+        next(parts)
 
 
 def test_damaged_files_are_refused_in_one_line(tmp_path):

@@ -251,6 +251,24 @@ def test_statistics_are_of_known_classes_and_centres_of_all():
         train_compatible.old_of(Stored(0 * vectors, KNOWN), labelled().labels, CLASSES)
 
 
+def test_statistics_are_made_some_rows_at_a_time(monkeypatch):
+    """Of all rows, by blocks that do not divide them."""
+    labels = labelled().labels
+    whole, sizes = old(), []
+
+    def made(batches, classes):
+        sizes.append([len(vectors) for vectors, _ in batches()])
+        return class_statistics(batches, classes)
+
+    monkeypatch.setattr(train_compatible, "ROWS", 5)
+    monkeypatch.setattr(train_compatible, "class_statistics", made)
+    found = train_compatible.old_of(stored(), labels, CLASSES)
+    assert [sum(each) for each in sizes] == [(labels < KNOWN).sum(), len(labels)]
+    assert {size for each in sizes for size in each[:-1]} == {5}
+    np.testing.assert_allclose(found.classes.radii, whole.classes.radii, atol=1e-6)
+    np.testing.assert_allclose(found.centres, whole.centres, atol=1e-6)
+
+
 def test_rates_are_the_published_steps():
     found = train_compatible.rates(Recipe(), 30)
     wanted = [0.1] * 5 + [0.01] * 5 + [0.001] * 10 + [0.0001] * 10
@@ -305,6 +323,9 @@ def test_each_word_reaches_the_training(tmp_path, monkeypatch, capsys):
     more = ["--old-classes", str(tmp_path / "c.txt")]
     assert main([*words, *more]) == 2
     assert "--old-classes: goes with --old-features" in capsys.readouterr().err
+    for tau in ("nan", "inf", "-1"):
+        assert main([*words, "--tau", tau]) == 2
+        assert "--tau" in capsys.readouterr().err
 
 
 def test_what_excludes_each_other(tmp_path):
@@ -344,6 +365,12 @@ def test_vectors_by_the_paths_of_images(tmp_path):
     assert there.known == 2
     wanted = [np.zeros(4), np.zeros(4), np.eye(4)[0], np.eye(4)[1]]
     np.testing.assert_array_equal(there.vectors, wanted)
+    halves = [tmp_path / f"{name}.npz" for name in "pq"]
+    np.savez(halves[0], features=np.eye(4)[:1], ids=[str(names[2])])
+    np.savez(halves[1], features=np.eye(4)[1:3], ids=[str(names[3]), "elsewhere.png"])
+    again, both = training_sets.stored_in(halves, data, None)
+    assert again.names == found.names
+    np.testing.assert_array_equal(both.vectors, wanted)
     np.savez(tmp_path / "g.npz", features=np.eye(2, dtype=np.float32), ids=["x", "y"])
     with pytest.raises(UserError, match="no id is the path"):
         training_sets.stored_in([tmp_path / "g.npz"], data, None)
