@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from m2jax.cli.main import main
-from m2jax.tasks.retrieval.backfill import Features
+from m2jax.tasks.retrieval.backfill import Features, read_features
 from m2jax.tasks.retrieval.upgrade import judge
 from tests.tasks.retrieval.databases import models, write_npz
 
@@ -126,6 +126,11 @@ def test_the_medium_protocol(tmp_path, capsys):
     assert "a (medium mAP): old 1.0000, new 1.0000, cross 1.0000, half filled 0." in out
 
 
+def one_more(file):
+    had = read_features([file])
+    write_npz(file, Features([*had.ids, "more"], np.append(had.vectors, had.vectors[:1], 0)))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -137,6 +142,7 @@ def test_the_medium_protocol(tmp_path, capsys):
         (lambda d: (d / "truth.json").write_text('{"right": {}}'), "no query has a right item"),
         (lambda d: (d / "alone_gallery.npz").unlink(), "alone_gallery.npz: no features"),
         (lambda d: write_npz(d / "new_gallery.npz", models()[0]), "other ids than the old"),
+        (lambda d: one_more(d / "new_gallery.npz"), "new_gallery.npz: other ids than the old"),
     ],
 )
 def test_folders_that_cannot_be(tmp_path, capsys, damage, message):
@@ -155,9 +161,13 @@ def test_index_and_search(tmp_path, capsys):
     files = [write_npz(tmp_path / f"{n}.npz", x) for n, x in (("old", old), ("new", new))]
     where = ["--uri", str(tmp_path / "x.db")]
 
-    def index(file, version):
+    def index(file, version, told=None):
         words = ["retrieval", "index", "--features", str(file), "--version", version, *where]
-        return main(words), capsys.readouterr().out
+        code, (out, err) = main(words), capsys.readouterr()
+        assert ("warning" in err) == (told is not None)
+        if told is not None:
+            told.append(err)
+        return code, out
 
     assert index(files[0], "v1") == (
         0,
@@ -173,7 +183,10 @@ def test_index_and_search(tmp_path, capsys):
     assert np.mean([row["id"] == hit["id"] for row, hit in zip(rows, firsts, strict=True)]) > 0.9
     assert {hit["version"] for hit in firsts} == {"v1", "v2"}
     assert "40 replaced, 20 there already" in index(files[1], "v2")[1]
-    capsys.readouterr()
+    one = old._replace(ids=old.ids[:1], vectors=old.vectors[:1])
+    assert index(write_npz(tmp_path / "one.npz", one), "v1", told := [])[0] == 0
+    assert "warning: items: replaces vectors of version v2 by those of v1" in told[0]
+    assert "1 replaced" in index(files[1], "v2")[1]
     assert main([*words, "--versions", "v1"]) == 0
     assert all(not json.loads(line)["hits"] for line in capsys.readouterr().out.splitlines())
     assert index(files[0], "no/name")[0] == 2
@@ -181,3 +194,20 @@ def test_index_and_search(tmp_path, capsys):
     assert main(none) == 2
     assert "none.db: no such database" in capsys.readouterr().err
     assert not (tmp_path / "none.db").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--batch", "0"], "--batch 0"),
+        (["--pause", "nan"], "--pause nan"),
+        (["--index", "TREE"], "--index TREE: unknown"),
+    ],
+)
+def test_words_are_refused_before_a_database_is_made(tmp_path, capsys, words, message):
+    file = write_npz(tmp_path / "f.npz", models()[0])
+    uri = tmp_path / "x.db"
+    given = ["retrieval", "index", "--features", str(file), "--version", "v1", "--uri", str(uri)]
+    assert main([*given, *words]) == 2
+    assert message in capsys.readouterr().err
+    assert not uri.exists()
