@@ -72,7 +72,9 @@ def _add_measures(parts: Any) -> tuple[Any, Any]:
             f"--{side}", nargs="+", type=Path, required=True, metavar="FILE.npz",
             help="may hold other images too" if side == "queries" else "may be the same files",
         )  # fmt: skip
-    measure.add_argument("--truth", type=Path, required=True, metavar="FILE")
+    measure.add_argument(
+        "--truth", type=Path, required=True, metavar="FILE", help="says what is right"
+    )
     report = parts.add_parser(
         "upgrade-report",
         help="self-test, cross-test, compatibility scores; exit 5: not safe",
