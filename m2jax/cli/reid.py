@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,11 @@ def add_parser(subparsers: Any) -> None:
     measure.add_argument("--batch-size", type=int, default=64, help="images at once")
     measure.add_argument(
         "--rerank", action="store_true", help="k-reciprocal re-ranking (20, 6, 0.3) too"
+    )
+    measure.add_argument(
+        "--no-cameras",
+        action="store_true",
+        help="do not tell them to a model that was trained with --cameras",
     )
     measure.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     measure.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -139,7 +145,7 @@ def run_train(args: argparse.Namespace) -> int:
         std=start.pixels.std,
         **{name: getattr(args, name) for name in names},
     )
-    if min(args.diversity, args.scene_weight) < 0:
+    if not (0 <= args.diversity < math.inf and 0 <= args.scene_weight < math.inf):
         raise UserError("--diversity, --scene-weight: must be 0 or more")
     try:
         made = train.train(data, settings, recipe, args.out, start=start.params)
@@ -188,7 +194,8 @@ def run_eval(args: argparse.Namespace) -> int:
     def say(done: int, total: int) -> None:
         print(f"\r{done:,}/{total:,}", end="", file=sys.stderr, flush=True)
 
-    found = evaluate.evaluate(model, data, batch=args.batch_size, rerank=args.rerank, say=say)
+    words = {"batch": args.batch_size, "rerank": args.rerank, "cameras": not args.no_cameras}
+    found = evaluate.evaluate(model, data, **words, say=say)
     print(file=sys.stderr)
     for name, each in found.items():
         ranks = ", ".join(f"R{r} {each[f'r{r}']:.4f}" for r in evaluate.RANKS if f"r{r}" in each)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,10 @@ def run(args: argparse.Namespace) -> int:
             f"--method {args.method}: an old model goes with every method but none: "
             "give --old or --old-features, or take it away"
         )
+    if args.old_classes and not args.old_features:
+        raise UserError("--old-classes: goes with --old-features: give those, or take it away")
+    if not 0 <= args.tau < math.inf:
+        raise UserError(f"--tau {args.tau}: must be 0 or more")
     if min(args.dim, args.epochs) < 1 or not 0 <= args.flip <= 1 or args.pad < 0:
         raise UserError("--dim, --epochs: at least 1; --flip: 0 to 1; --pad: 0 or more")
     optimizer = args.optimizer or ("sgd" if args.init else "adamw")

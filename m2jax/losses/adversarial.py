@@ -36,7 +36,7 @@ def reversal_ramp(progress: Float[Array, ""] | float) -> Float[Array, ""]:
     return 2 / (1 + jnp.exp(-10.0 * jnp.asarray(progress))) - 1
 
 
-def adversarial_weight(epoch: int, epochs: int) -> float:
+def adversarial_weight(epoch: int | Int[Array, ""], epochs: int) -> float | Float[Array, ""]:
     """AdvBCT's factor on its adversarial loss, (E - e + 1) / E, epochs from 0: above 1 at first."""
     return (epochs - epoch + 1) / epochs
 

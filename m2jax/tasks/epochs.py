@@ -216,13 +216,21 @@ def _claim(directory: Path, settings: Mapping[str, Any]) -> None:
         had = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"--out {directory}: {error}: name a folder you may write to") from error
-    want = json.loads(text)
+    had, want = _flat(had), _flat(json.loads(text))
     for key in sorted(set(had) | set(want)):
         if had.get(key) != want.get(key):
             raise UserError(
                 f"{file}: {key} is {had.get(key)!r:.80} there and {want.get(key)!r:.80} in this "
                 "run: name another --out or take that run's settings"
             )
+
+
+def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
+    """Values by dotted names, so that a message can name the one that differs."""
+    if not isinstance(settings, dict):
+        return {prefix.removesuffix("."): settings}
+    parts = [_flat(value, f"{prefix}{key}.") for key, value in settings.items()]
+    return {name: value for part in parts for name, value in part.items()}
 
 
 def shuffled(count: int, batch: int, rng: np.random.Generator) -> Batches:

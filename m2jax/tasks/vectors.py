@@ -32,6 +32,7 @@ CONNECT_S = 60.0
 PINGS = {"grpc.keepalive_time_ms": 320_000, "grpc.keepalive_timeout_ms": 60_000}
 TRIES = 6
 LONGEST_S = 16.0  # between two tries
+TINY = 1e-12  # a vector that is shorter has no direction
 
 T = TypeVar("T")
 
@@ -210,4 +211,4 @@ def _connect(uri: str, token: str) -> Any:
 def unit(x: np.ndarray) -> Float32[np.ndarray, "n dim"]:
     """Rows of unit length."""
     x = np.asarray(x, np.float32)
-    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), TINY)

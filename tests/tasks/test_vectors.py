@@ -61,7 +61,7 @@ def lost():
 
 
 @pytest.mark.parametrize("before", [True, False])
-@pytest.mark.parametrize("name", ["upsert", "get"])
+@pytest.mark.parametrize("name", ["upsert", "query"])
 def test_a_backfill_waits_out_what_passes(store, monkeypatch, capsys, waits, name, before):
     """The answer of a write that was done may be lost too: nothing is there twice."""
     old, new = models()

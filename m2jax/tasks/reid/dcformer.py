@@ -9,7 +9,7 @@ and so does inference, which is why no running statistics are kept. Scene remova
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, UInt8
 
 from m2jax.config import UserError
 from m2jax.losses.adversarial import reversal_ramp, scene_adversary
@@ -146,7 +146,7 @@ class DCFormerTask:
     def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Metrics]:
         """DC-Former's loss, and the scene adversary's where there is one."""
         model = params_lib.bind(self.model.graph, params)
-        pixels = augment(normalised(batch["image"], self.cfg), self.cfg, rng)
+        pixels = augment(batch["image"], self.cfg, lambda x: normalised(x, self.cfg), rng)
         sides = batch["camera"] if self.cfg.tower.cameras else None
         tokens = model.tower(pixels, sides)
         parts: Parts = dcformer_loss(
@@ -177,16 +177,6 @@ class DCFormerTask:
             alpha=reversal_ramp(batch["step"][0] / self.cfg.steps),
         )
         return parts.total + added, {**metrics, "loss/scene": told}
-
-    def embed(
-        self, params: Params, images: np.ndarray, cameras: Int[np.ndarray, " batch"] | None = None
-    ) -> Float[Array, "batch features"]:
-        """Features of images: all tokens before their norms side by side, of unit length."""
-        model = params_lib.bind(self.model.graph, params)
-        sides = None if cameras is None or not self.cfg.tower.cameras else jnp.asarray(cameras)
-        tokens = model.tower(normalised(jnp.asarray(images), self.cfg), sides)
-        flat = tokens.reshape(len(tokens), -1)
-        return flat / jnp.maximum(jnp.linalg.norm(flat, axis=1, keepdims=True), 1e-12)
 
     def after_update(self, params: Params) -> Params:
         """Nothing to project."""
@@ -223,35 +213,49 @@ def normalised(images: jax.Array, cfg: Settings) -> Float[Array, "batch h w 3"]:
 
 
 def augment(
-    pixels: Float[Array, "batch h w 3"], cfg: Changes, rng: jax.Array
+    images: UInt8[Array, "batch h w 3"],
+    cfg: Changes,
+    standardised: Callable[[Array], Float[Array, "batch h w 3"]],
+    rng: jax.Array,
 ) -> Float[Array, "batch h w 3"]:
-    """The published changes: a gray rectangle, mirroring, a shifted crop, one part erased."""
+    """The published changes in their order; erasing alone sees standardised values.
+
+    Of the images a rectangle turned gray, mirroring and a crop of the image on black, where black
+    and gray are those of a picture; then a rectangle of normal noise.
+    """
     keys = jax.random.split(rng, 5)
-    count, height, width, _ = pixels.shape
+    count, height, width, _ = images.shape
     if cfg.gray:
-        gray = (pixels * jnp.asarray([0.299, 0.587, 0.114])).sum(-1, keepdims=True)
         here = rectangles(keys[0], count, height, width, cfg.gray)[..., None]
-        pixels = jnp.where(here, gray, pixels)
+        images = jnp.where(here, luminance(images), images)
     if cfg.flip:
         mirrored = jax.random.bernoulli(keys[1], cfg.flip, (count, 1, 1, 1))
-        pixels = jnp.where(mirrored, pixels[:, :, ::-1], pixels)
+        images = jnp.where(mirrored, images[:, :, ::-1], images)
     if cfg.pad:
-        pixels = _shifted(pixels, cfg.pad, keys[2])
+        images = _shifted(images, cfg.pad, keys[2])
+    pixels = standardised(images)
     if cfg.erase:
         here = rectangles(keys[3], count, height, width, cfg.erase)[..., None]
         pixels = jnp.where(here, jax.random.normal(keys[4], pixels.shape), pixels)
     return pixels
 
 
-def _shifted(pixels: Float[Array, "n h w 3"], pad: int, rng: jax.Array) -> jax.Array:
-    """A random crop of the images with zeros around."""
-    count, height, width, _ = pixels.shape
+def luminance(images: UInt8[Array, "batch h w 3"]) -> UInt8[Array, "batch h w 1"]:
+    """ITU-R 601's luma of RGB as Pillow's ``L`` rounds it: 16 bits behind the point."""
+    weights = jnp.asarray([19595, 38470, 7471])  # 0.299, 0.587, 0.114 of 65,536
+    total = (images.astype(jnp.int32) * weights).sum(-1, keepdims=True)
+    return ((total + 32768) >> 16).astype(jnp.uint8)
+
+
+def _shifted(images: UInt8[Array, "n h w 3"], pad: int, rng: jax.Array) -> jax.Array:
+    """A random crop of the images with black around."""
+    count, height, width, _ = images.shape
     shifts = jax.random.randint(rng, (count, 2), 0, 2 * pad + 1)
 
     def crop(image: jax.Array, shift: jax.Array) -> jax.Array:
         return jax.lax.dynamic_slice(image, (shift[0], shift[1], 0), (height, width, 3))
 
-    return jax.vmap(crop)(jnp.pad(pixels, ((0, 0), (pad, pad), (pad, pad), (0, 0))), shifts)
+    return jax.vmap(crop)(jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0))), shifts)
 
 
 def rectangles(rng: jax.Array, count: int, height: int, width: int, share: float) -> Array:

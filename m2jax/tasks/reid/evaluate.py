@@ -39,6 +39,7 @@ def evaluate(
     *,
     batch: int = 64,
     rerank: bool = False,
+    cameras: bool = True,
     say: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, dict[str, float]]:
     """Figures by name: ``plain``, and ``reranked`` if asked for; shares between 0 and 1.
@@ -48,12 +49,22 @@ def evaluate(
         data: its query and gallery are embedded.
         batch: images at once.
         rerank: k-reciprocal re-ranking too.
+        cameras: tell them to a model that takes them.
         say: hears how many images of all are done.
 
     Raises:
-        UserError: a picture cannot be read, no query has a match, or too many to re-rank.
+        UserError: a picture cannot be read, no query has a match, too many to re-rank, or a
+            camera that the model does not know.
     """
     sides = data.query, data.gallery
+    labels = data.query.labels, data.gallery.labels
+    metrics.relevance(*labels)  # that nothing can be measured is said before hours of embedding
+    most = max(int(each.cameras.max()) for each in labels) + 1
+    if cameras and isinstance(model, Embedder) and 0 < model.cameras < most:
+        raise UserError(
+            f"--data: has {most} cameras, the model knows {model.cameras}: add --no-cameras to "
+            "measure it without them"
+        )
     pairs = len(data.query.images) * len(data.gallery.images)
     if rerank and pairs > RERANKED:
         raise UserError(f"--rerank: {pairs:,} pairs are more than {RERANKED:,}: leave it out")
@@ -66,19 +77,26 @@ def evaluate(
         def heard(n: int, before: int = before) -> None:
             say(before + n, total)
 
-        features.append(features[0] if one and features else embed(model, side, batch, heard))
+        again = one and features
+        found = features[0] if again else embed(model, side, batch, heard, cameras=cameras)
+        features.append(found)
         done += len(side.images)
-    labels = data.query.labels, data.gallery.labels
-    found = {"plain": _figures(metrics.evaluate(FeatureScores(features[0], features[1]), *labels))}
+    scores = FeatureScores(features[0], features[1])
+    figures = {"plain": _figures(metrics.evaluate(scores, *labels))}
     if rerank:
         unit = [x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in features]
         distances = rerank_distances(unit[0], unit[1])
-        found["reranked"] = _figures(metrics.evaluate(MatrixScores(distances), *labels))
-    return found
+        figures["reranked"] = _figures(metrics.evaluate(MatrixScores(distances), *labels))
+    return figures
 
 
 def embed(
-    model: Encoder | Embedder, side: Split, batch: int, say: Callable[[int], None]
+    model: Encoder | Embedder,
+    side: Split,
+    batch: int,
+    say: Callable[[int], None],
+    *,
+    cameras: bool = True,
 ) -> Float[np.ndarray, "images dim"]:
     """Features of a split's pictures in batches of one shape, with cameras if they are taken."""
     count, found = len(side.images), []
@@ -86,7 +104,7 @@ def embed(
     for first in range(0, count, batch):
         rows = np.minimum(np.arange(first, first + batch), count - 1)  # one shape to the end
         pixels = model.preprocess([side.images.read(int(row)) for row in rows])
-        if isinstance(model, Embedder) and model.cameras:
+        if cameras and isinstance(model, Embedder) and model.cameras:
             made = model.encode_image(pixels, side.labels.cameras[rows])
         else:
             made = model.encode_image(pixels)

@@ -35,7 +35,11 @@ class Reid(NamedTuple):
 
 
 def relevance(queries: Labels, gallery: Labels) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Right and ignored rows of the gallery of each query."""
+    """Right and ignored rows of the gallery of each query.
+
+    Raises:
+        UserError: no query has a right one.
+    """
     rows: dict[int, list[int]] = {}
     for row, identity in enumerate(gallery.identities.tolist()):
         rows.setdefault(identity, []).append(row)
@@ -46,6 +50,8 @@ def relevance(queries: Labels, gallery: Labels) -> tuple[list[np.ndarray], list[
         own = gallery.cameras[same] == camera
         right.append(same[~own])
         ignored.append(same[own])
+    if not any(len(each) for each in right):
+        raise UserError("re-ID: no query has a match by another camera: nothing can be measured")
     return right, ignored
 
 
@@ -64,8 +70,6 @@ def evaluate(scores: Scores, queries: Labels, gallery: Labels, *, top: int = TOP
     _check(scores, queries, gallery)
     found = ranking.hits(scores, *relevance(queries, gallery))
     valid = [ranks for ranks in found.ranks if len(ranks)]
-    if not valid:
-        raise UserError("re-ID: no query has a match by another camera: nothing can be measured")
     # (j + 1) / (rank + 1) is the precision at the j-th hit.
     ap = [((np.arange(len(ranks)) + 1) / (ranks + 1)).mean() for ranks in valid]
     first = np.array([ranks[0] for ranks in valid])

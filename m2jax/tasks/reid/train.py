@@ -9,6 +9,7 @@ start from nothing.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -58,8 +59,9 @@ class Recipe:
         ):
             if value not in known:
                 raise UserError(f"{key} {value!r}: use one of {', '.join(known)}")
-        if min(self.p, self.k, self.epochs, self.log_every) < 1 or self.learning_rate <= 0:
-            raise UserError("p, k, epochs: at least 1; learning rate: above 0")
+        small = min(self.p, self.k, self.epochs, self.log_every) < 1 or self.seed < 0
+        if small or not 0 < self.learning_rate < math.inf:
+            raise UserError("p, k, epochs: at least 1; seed: 0 or more; learning rate: above 0")
 
 
 class Identities:

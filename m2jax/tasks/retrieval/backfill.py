@@ -9,8 +9,10 @@ and there is no file beside the database that could disagree with it.
 from __future__ import annotations
 
 import hashlib
+import math
+import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,11 +20,14 @@ import numpy as np
 from jaxtyping import Float32
 
 from m2jax.config import UserError
+from m2jax.tasks.retrieval import npz
 from m2jax.tasks.retrieval.store import ID_BYTES, Store, checked_version
-from m2jax.tasks.vectors import unit
+from m2jax.tasks.vectors import TINY, unit
 
 BATCH = 1000  # items of one write
 SAME = 1e-5  # numbers of equal vectors may differ by
+# In an id: a filter cannot say all of them.
+UNSTORABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
 
 class Features(NamedTuple):
@@ -50,50 +55,85 @@ class Contents(NamedTuple):
     repeated: int  # ids that came more than once: always 0 in a sound collection
 
 
-def read_features(files: Sequence[Path]) -> Features:
-    """Features of the .npz files that ``m2jax embed`` writes, as one.
+def shards(files: Iterable[Path]) -> Iterator[Features]:
+    """Features of the .npz files that ``m2jax embed`` writes, one file at a time.
 
     Raises:
         UserError: a file that cannot be read, features that are no numbers, an id that cannot be
             stored or comes twice, or files that do not fit each other.
     """
-    ids: list[str] = []
-    parts: list[np.ndarray] = []
+    seen: set[str] = set()
+    dim = 0
     for file in files:
-        try:
-            with np.load(file, allow_pickle=False) as held:
-                names, vectors = held["ids"], held["features"]
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(
-                f"{file}: no features and ids in it ({error}): make it with m2jax embed"
-            ) from error
+        vectors, names = npz.read(file, "ids", "make it with m2jax embed")
         if vectors.ndim != 2 or names.shape != vectors.shape[:1] or not vectors.size:
             raise UserError(
                 f"{file}: features {vectors.shape} and ids {names.shape} do not fit: give "
                 "[n, dim] and [n]"
             )
-        if parts and vectors.shape[1] != parts[0].shape[1]:
-            raise UserError(f"{file}: features of another dimension than {files[0]}: split them")
-        if vectors.dtype.kind != "f" or not np.isfinite(vectors).all():
+        if dim and vectors.shape[1] != dim:
+            raise UserError(f"{file}: features of another dimension than before it: split them")
+        dim = vectors.shape[1]
+        if vectors.dtype.kind not in "fiu":
+            raise UserError(f"{file}: features are {vectors.dtype}: give floats or whole numbers")
+        if not np.isfinite(vectors).all():
             raise UserError(f"{file}: a feature is not a number: embed anew")
-        if not np.linalg.norm(vectors.astype(np.float64), axis=1).all():
-            raise UserError(f"{file}: a feature is zero and has no direction: embed anew")
-        ids += [str(name) for name in names]
-        parts.append(vectors.astype(np.float32))
-    _check_ids(ids)
+        with np.errstate(over="ignore", under="ignore"):
+            vectors = vectors.astype(np.float32)
+            length = np.linalg.norm(vectors, axis=1)
+        if not ((length > TINY) & np.isfinite(length)).all():
+            raise UserError(f"{file}: a feature is zero, or too large for float32: embed anew")
+        ids = [str(name) for name in names]
+        _check_ids(ids, seen)
+        yield Features(ids, vectors)
+
+
+def read_features(files: Iterable[Path]) -> Features:
+    """Features of several files, as one.
+
+    Raises:
+        UserError: as ``shards``, or no file.
+    """
+    parts = [*shards(files)]
     if not parts:
         raise UserError("--features: names no file: give at least one")
-    return Features(ids, np.concatenate(parts))
+    vectors = np.concatenate([part.vectors for part in parts])
+    return Features([name for part in parts for name in part.ids], vectors)
 
 
-def _check_ids(ids: Sequence[str]) -> None:
-    seen: set[str] = set()
+def in_order(features: Features, ids: Sequence[str]) -> Float32[np.ndarray, "items dim"]:
+    """Unit vectors of the named items, which must be there."""
+    place = {name: row for row, name in enumerate(features.ids)}
+    return unit(features.vectors[[place[name] for name in ids]])
+
+
+def _check_ids(ids: Sequence[str], seen: set[str]) -> None:
+    """Adds them to those that were seen."""
     for name in ids:
         if not 0 < len(name.encode("utf-8", "replace")) <= ID_BYTES:
             raise UserError(f"id {name[:40]!r}: must have 1 to {ID_BYTES} bytes: shorten it")
+        if UNSTORABLE.search(name):
+            raise UserError(f"id {name[:40]!r}: has a character that cannot be stored: rename it")
         if name in seen:
             raise UserError(f"id {name[:40]!r}: comes twice: name each item once")
         seen.add(name)
+
+
+def check_pace(batch: int, pause: float) -> None:
+    """Whether a backfill can go at this pace.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if batch < 1 or not 0 <= pause < math.inf:
+        raise UserError(f"--batch {batch} --pause {pause}: at least 1, and 0 or more")
+
+
+def is_older(version: str, other: str) -> bool:
+    """Whether two versions' names differ in numbers alone and the first has the lower one."""
+    first, second = (re.split(r"(\d+)", name) for name in (version, other))
+    numbers = [[int(part) for part in parts[1::2]] for parts in (first, second)]
+    return first[::2] == second[::2] and numbers[0] < numbers[1]
 
 
 def backfill(
@@ -104,6 +144,7 @@ def backfill(
     batch: int = BATCH,
     pause: float = 0.0,
     say: Callable[[Progress], None] = lambda _: None,
+    warn: Callable[[str], None] = lambda _: None,
 ) -> Progress:
     """Gives every item its vector of a version; goes on where an earlier run was cut off.
 
@@ -114,14 +155,14 @@ def backfill(
         batch: items of one write.
         pause: seconds between writes, to leave the database to its searchers.
         say: hears of each batch.
+        warn: is told, once and before it happens, that newer vectors are replaced.
 
     Raises:
         UserError: an item has this version already with another vector.
     """
     checked_version(version)
-    if batch < 1 or pause < 0:
-        raise UserError(f"--batch {batch} --pause {pause}: at least 1, and 0 or more")
-    done = Progress(0, 0, 0, 0)
+    check_pace(batch, pause)
+    done, warned = Progress(0, 0, 0, 0), False
     for first in range(0, len(features.ids), batch):
         ids = features.ids[first : first + batch]
         vectors = unit(features.vectors[first : first + batch])
@@ -133,6 +174,13 @@ def backfill(
                     f"{ids[place]}: has another vector of version {version} already: give the "
                     "new model a version of its own"
                 )
+        newer = sorted({row.version for row in there.values() if is_older(version, row.version)})
+        if newer and not warned:
+            warned = True
+            warn(
+                f"{store.name}: replaces vectors of version {newer[-1]} by those of {version}, "
+                "which looks older: stop it if that is not meant"
+            )
         todo = np.flatnonzero(~has)
         if len(todo):
             store.write([ids[place] for place in todo], vectors[todo], version)

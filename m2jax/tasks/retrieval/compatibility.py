@@ -62,10 +62,5 @@ def compatibility(sets: Mapping[str, Measured] | Sequence[Measured]) -> Scores:
     return Scores(*(float(100 * x.mean()) for x in (u, c, p_1)))
 
 
-def is_compatible(measured: Measured) -> bool:
-    """The criterion of backward-compatible training (Shen et al. 2020): cross above old."""
-    return measured.cross > measured.old
-
-
 def _sigmoid(x: float) -> float:
     return float(1 / (1 + np.exp(-np.clip(x, -500, 500))))

@@ -122,7 +122,7 @@ class CompatibleTask:
     def loss(self, params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Metrics]:
         """Classification and what keeps the vectors comparable."""
         cfg, (heads, state) = self.cfg, as_advbct(params)
-        pixels = augment(cfg.pixels.standardised(batch["image"]), cfg, rng)
+        pixels = augment(batch["image"], cfg, cfg.pixels.standardised, rng)
         tokens = params_lib.bind(self.model.graph, params["tower"])(pixels)
         features = tokens.reshape(len(tokens), -1)
         if cfg.method == "advbct":
@@ -135,7 +135,7 @@ class CompatibleTask:
                 advbct.Batch(features, batch["old"], batch["label"]),
                 self._old.classes,
                 progress=step / total_steps,
-                adversarial_weight=(cfg.epochs - epoch + 1) / cfg.epochs,
+                adversarial_weight=adversarial.adversarial_weight(epoch, cfg.epochs),
                 tau=cfg.tau,
             )
             told = {

@@ -69,27 +69,22 @@ class _Plain(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def revisited(root: Path) -> Revisited:
-    """ROxford or RParis: the folder with ``gnd_*.pkl`` and ``jpg/``.
+def revisited(file: Path) -> Revisited:
+    """ROxford or RParis, from its ``gnd_*.pkl``, beside which ``jpg/`` lies.
 
     Raises:
         UserError: no ground truth there, or none that can be.
     """
-    found = sorted(root.glob("gnd_r*.pkl"))
-    if len(found) != 1:
-        raise UserError(f"{root}: has {len(found)} gnd_r*.pkl: name the folder of one data set")
     try:
-        made = _Plain(io.BytesIO(found[0].read_bytes())).load()
+        made = _Plain(io.BytesIO(file.read_bytes())).load()
         names, queries, rows = made["imlist"], made["qimlist"], made["gnd"]
         parts = {kind: [_rows(row[kind], len(names)) for row in rows] for kind in Truth._fields}
         boxes = [_box(row["bbx"]) for row in rows]
     except (OSError, KeyError, TypeError, ValueError, pickle.UnpicklingError, EOFError) as error:
-        raise UserError(f"{found[0]}: no ground truth ({error}): download it again") from error
+        raise UserError(f"{file}: no ground truth ({error}): download it again") from error
     if len(queries) != len(rows):
-        raise UserError(
-            f"{found[0]}: {len(queries)} queries, {len(rows)} truths: download it again"
-        )
-    files = [[_jpg(root, name, found[0]) for name in each] for each in (queries, names)]
+        raise UserError(f"{file}: {len(queries)} queries, {len(rows)} truths: download it again")
+    files = [[_jpg(file.parent, name, file) for name in each] for each in (queries, names)]
     return Revisited(files[0], files[1], boxes, Truth(*(parts[kind] for kind in Truth._fields)))
 
 

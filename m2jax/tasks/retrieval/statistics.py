@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What AdvBCT must know of an old model's classes, streamed over its stored features.
 
-Two passes over batches, on as many processes as there are shards: sums and counts first, then
-distances to the centres they give. Memory: one centre per class, one number per image.
+Two passes over batches: sums and counts first, then distances to the centres they give. Memory
+beside a batch: one centre per class, two numbers per image.
 
 Source: the code that AdvBCT's authors publish (arXiv 2305.19812). Quartiles are taken by index.
 """
@@ -10,7 +10,6 @@ Source: the code that AdvBCT's authors publish (arXiv 2305.19812). Quartiles are
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -25,14 +24,10 @@ FEW = 4  # images below which nothing is an outlier
 
 
 class Sums(NamedTuple):
-    """Sums of unit features of each class; those of several shards are added."""
+    """Sums of unit features of each class."""
 
     total: Float[np.ndarray, "classes dim"]
     images: Int[np.ndarray, " classes"]
-
-    def __add__(self, other: Sums) -> Sums:  # type: ignore[override]
-        """Of two disjoint sets of images."""
-        return Sums(self.total + other.total, self.images + other.images)
 
     @property
     def centres(self) -> Float[np.ndarray, "classes dim"]:
@@ -94,7 +89,7 @@ def class_statistics(batches: Callable[[], Batches], classes: int) -> ClassStati
 
 
 def total_of(batches: Batches, classes: int) -> Sums:
-    """The first pass over one shard (or over all)."""
+    """The first pass."""
     total, count = None, np.zeros(classes, np.int64)
     for features, labels in batches:
         _check(features, labels, classes)
@@ -108,7 +103,7 @@ def total_of(batches: Batches, classes: int) -> Sums:
 
 
 def distances(batches: Batches, centres: Float[np.ndarray, "classes dim"]) -> Apart:
-    """The second pass over one shard (or over all); ``joined`` puts shards together."""
+    """The second pass."""
     directions = _unit(centres)
     labels, radii, angles = [], [], []
     for features, named in batches:
@@ -117,11 +112,6 @@ def distances(batches: Batches, centres: Float[np.ndarray, "classes dim"]) -> Ap
         radii.append(np.linalg.norm(unit - centres[named], axis=1))
         angles.append(np.arccos(np.clip((unit * directions[named]).sum(1), -1, 1)))
     return Apart(*(np.concatenate(each) for each in (labels, radii, angles)))
-
-
-def joined(parts: Iterable[Apart]) -> Apart:
-    """Distances of several shards."""
-    return Apart(*(np.concatenate(each) for each in zip(*parts, strict=True)))
 
 
 def finish(sums: Sums, apart: Apart) -> ClassStatistics:
@@ -168,25 +158,3 @@ def _check(features: np.ndarray, labels: np.ndarray, classes: int) -> None:
             f"class statistics: labels {labels.min()}..{labels.max()} do not fit {classes} "
             "classes: number them from 0"
         )
-
-
-def shard_batches(files: Iterable[Path]) -> Batches:
-    """Features and labels from .npz files with ``features`` [n, dim] and ``labels`` [n].
-
-    Raises:
-        UserError: a file that cannot be read or lacks one of the two.
-    """
-    for file in files:
-        try:
-            with np.load(file, allow_pickle=False) as held:
-                features, labels = held["features"], held["labels"]
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(
-                f"{file}: no features and labels in it ({error}): make it an .npz with both"
-            ) from error
-        if features.ndim != 2 or labels.shape != features.shape[:1] or labels.dtype.kind != "i":
-            raise UserError(
-                f"{file}: features {features.shape} and labels {labels.shape} {labels.dtype} do "
-                "not fit: give [n, dim] and [n] integers"
-            )
-        yield features, labels

@@ -8,6 +8,7 @@ single step: nothing is ever there twice or missing, however often a backfill is
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -53,28 +54,32 @@ class Store(Collection):
         super().__init__(uri, collection, token)
         self._dim, self._index = 0, ""
 
-    def create(self, dim: int, *, index: str = "FLAT") -> None:
+    def create(self, dim: int, *, index: str = "") -> None:
         """Makes the collection if it is not there.
 
         Args:
             dim: of the vectors.
-            index: FLAT (exact) | HNSW | AUTOINDEX.
+            index: FLAT (exact) | HNSW | AUTOINDEX; not given: the one it has, FLAT for a new one.
 
         Raises:
-            UserError: it is there with another dimension, or an unknown index.
+            UserError: it is there with another dimension or index, or an unknown index.
         """
-        if index not in INDEXES:
-            raise UserError(f"--index {index}: unknown: use one of {', '.join(INDEXES)}")
+        check_index(index)
         if self.exists():
             if self.dim != dim:
                 raise UserError(
                     f"{self.name}: holds vectors of {self.dim} numbers, these have {dim}: "
                     "models of one collection must agree; use another --collection"
                 )
+            if index not in ("", self._index):
+                raise UserError(
+                    f"--index {index}: {self.name} has {self._index} already: leave --index out, "
+                    "or use another --collection"
+                )
             return
         name = {"datatype": "VARCHAR", "is_primary": True, "max_length": ID_BYTES}
         version = {"datatype": "VARCHAR", "max_length": 64}
-        self.make(dim, {"id": name, "version": version}, index)
+        self.make(dim, {"id": name, "version": version}, index or "FLAT")
 
     @property
     def dim(self) -> int:
@@ -111,8 +116,12 @@ class Store(Collection):
     def read(self, ids: Sequence[str]) -> dict[str, Row]:
         """Those of the named items that are there."""
         self.load()
+        # pymilvus' own ``get`` puts ids between quotes as they are, and paths may have quotes.
+        where = f"id in [{', '.join(json.dumps(name, ensure_ascii=False) for name in ids)}]"
         rows = self.patiently(
-            lambda: self.client.get(self.name, ids=[*ids], output_fields=[*FIELDS])
+            lambda: self.client.query(
+                self.name, where, output_fields=[*FIELDS], consistency_level="Strong"
+            )
         )
         return {row["id"]: _row(row) for row in rows}
 
@@ -167,6 +176,16 @@ class Store(Collection):
 
 def _row(found: dict[str, Any]) -> Row:
     return Row(found["id"], found["version"], np.asarray(found["vector"], np.float32))
+
+
+def check_index(index: str) -> None:
+    """Whether there is such an index; none at all is one too.
+
+    Raises:
+        UserError: there is not.
+    """
+    if index and index not in INDEXES:
+        raise UserError(f"--index {index}: unknown: use one of {', '.join(INDEXES)}")
 
 
 def checked_version(version: str) -> str:

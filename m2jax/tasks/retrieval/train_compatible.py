@@ -8,11 +8,13 @@ which batch-normalised ones have on average. That, and AdamW for small towers, a
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -35,6 +37,7 @@ from m2jax.train.step import make_step
 OPTIMISERS = ("sgd", "adamw")
 MILESTONES = (1 / 6, 1 / 3, 2 / 3)  # of the epochs: 5, 10 and 20 of 30
 ADAMW_DECAY = 0.05  # of matrices
+ROWS = 65_536  # images whose vectors are looked at at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +54,9 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.optimizer not in OPTIMISERS:
             raise UserError(f"optimizer {self.optimizer!r}: use one of {', '.join(OPTIMISERS)}")
-        if min(self.batch, self.log_every) < 1 or self.learning_rate <= 0:
-            raise UserError("batch: at least 1; learning rate: above 0")
+        small = min(self.batch, self.log_every) < 1 or self.seed < 0
+        if small or not 0 < self.learning_rate < math.inf:
+            raise UserError("batch: at least 1; seed: 0 or more; learning rate: above 0")
 
 
 class Labelled(NamedTuple):
@@ -75,8 +79,11 @@ def known_first(data: Labelled, known: Sequence[str]) -> Labelled:
     """The set with its classes in another order: those of ``known`` first, in that order.
 
     Raises:
-        UserError: a class that the set has not.
+        UserError: a class that the set has not, or that is named twice.
     """
+    twice = [name for name, count in collections.Counter(known).items() if count > 1]
+    if twice:
+        raise UserError(f"class {twice[0]!r}: of the old model's, is named twice: name it once")
     place = {name: number for number, name in enumerate(data.names)}
     missing = [name for name in known if name not in place]
     if missing:
@@ -98,10 +105,18 @@ def old_of(stored: Stored, labels: Int[np.ndarray, " images"], classes: int) -> 
     mine = there & (labels < stored.known)
     if not mine.any():
         raise UserError("old model: no vector of its classes' images: name those it was trained on")
-    own = class_statistics(lambda: [(stored.vectors[mine], labels[mine])], stored.known)
-    every = class_statistics(lambda: [(stored.vectors[there], labels[there])], classes)
+    own = class_statistics(lambda: _rows(stored, labels, mine), stored.known)
+    every = class_statistics(lambda: _rows(stored, labels, there), classes)
     angles = own.angle_max.astype(np.float32)
     return Old(own.old_classes(), angles, every.centres.astype(np.float32), stored.classifier)
+
+
+def _rows(stored: Stored, labels: np.ndarray, kept: np.ndarray) -> Iterator[tuple[Any, Any]]:
+    """Vectors and labels of some images, ROWS at a time: statistics are made in float64."""
+    rows = np.flatnonzero(kept)
+    for first in range(0, len(rows), ROWS):
+        part = rows[first : first + ROWS]
+        yield stored.vectors[part], labels[part]
 
 
 def shown(stored: Stored, seed: int) -> Float[np.ndarray, "images dim"]:

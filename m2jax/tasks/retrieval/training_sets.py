@@ -15,7 +15,7 @@ from m2jax.tasks.embedder import Embedder
 from m2jax.tasks.reid import evaluate, readers
 from m2jax.tasks.reid.metrics import Labels
 from m2jax.tasks.reid.readers import Split
-from m2jax.tasks.retrieval.backfill import read_features
+from m2jax.tasks.retrieval.backfill import shards
 from m2jax.tasks.retrieval.landmarks import gldv2_train
 from m2jax.tasks.retrieval.train_compatible import Labelled, Stored, known_first
 
@@ -85,7 +85,7 @@ def stored_by(
 def stored_in(
     files: Sequence[Path], data: Labelled, known: Sequence[str] | None
 ) -> tuple[Labelled, Stored]:
-    """The same from files of ``m2jax embed``, whose ids are the images' paths.
+    """The same from files of ``m2jax embed``, read one at a time; ids are the images' paths.
 
     Args:
         files: of features.
@@ -97,16 +97,20 @@ def stored_in(
     """
     if not isinstance(data.images, Files):
         raise UserError("--old-features: this set lies in no files: name the old model by --old")
-    features = read_features(files)
-    place = {str(Path(name).absolute()): row for row, name in enumerate(features.ids)}
-    rows = np.array([place.get(str(path.absolute()), -1) for path in data.images.paths])
-    if (rows < 0).all():
+    place: dict[str, list[int]] = {}
+    for row, path in enumerate(data.images.paths):
+        place.setdefault(str(path.absolute()), []).append(row)
+    vectors, there = np.zeros((len(data.labels), 0), np.float32), np.zeros(len(data.labels), bool)
+    for shard in shards(files):
+        if not vectors.shape[1]:
+            vectors = np.zeros((len(there), shard.vectors.shape[1]), np.float32)
+        for name, vector in zip(shard.ids, shard.vectors, strict=True):
+            rows = place.get(str(Path(name).absolute()), [])
+            vectors[rows], there[rows] = vector, True
+    if not there.any():
         raise UserError(
             f"{files[0]}: no id is the path of an image of the set: embed its images where they lie"
         )
     if known is None:
-        there = np.unique(data.labels[rows >= 0])
-        known = [data.names[n] for n in there.tolist()]
-    data = known_first(data, known)
-    vectors = np.where((rows >= 0)[:, None], features.vectors[np.maximum(rows, 0)], 0)
-    return data, Stored(vectors.astype(np.float32), len(known))
+        known = [data.names[n] for n in np.unique(data.labels[there]).tolist()]
+    return known_first(data, known), Stored(vectors, len(known))

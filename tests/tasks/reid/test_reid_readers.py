@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tiny trees in the real layouts, and what is wrong with others."""
 
+import numpy as np
 import pytest
 
 from m2jax.config import UserError
+from m2jax.data.emoji.identities import Seen
+from m2jax.tasks.reid import readers
 from m2jax.tasks.reid.readers import cuhk03, market1501, msmt17
 
 
@@ -114,3 +117,22 @@ def test_msmt_lists_that_cannot_be(tmp_path, text, message):
         message = "list_val.txt: unreadable"
     with pytest.raises(UserError, match=message):
         msmt17(tmp_path)
+
+
+@pytest.mark.parametrize(("layout", "part"), [("emoji", "known"), ("emoji-new-styles", "new")])
+def test_the_emoji_set(monkeypatch, layout, part):
+    """Concepts are renumbered for training alone, styles stay; each layout has its own test."""
+    parts = {
+        "train": Seen(np.zeros((3, 4, 4, 3), np.uint8), np.array([7, 3, 7]), np.array([0, 2, 1])),
+        "known": Seen(np.ones((2, 4, 4, 3), np.uint8), np.array([5, 5]), np.array([1, 2])),
+        "new": Seen(np.full((2, 4, 4, 3), 9, np.uint8), np.array([8, 8]), np.array([5, 6])),
+    }
+    monkeypatch.setattr(readers.emoji, "load", lambda: None)
+    monkeypatch.setattr(readers, "identities", lambda data, name, size: parts[name])
+    found = readers.read(layout, None)
+    assert found.train.labels.identities.tolist() == [1, 0, 1]
+    assert found.train.labels.cameras.tolist() == [0, 2, 1]
+    assert found.query is found.gallery
+    np.testing.assert_array_equal(found.query.labels.identities, parts[part].identities)
+    np.testing.assert_array_equal(found.query.labels.cameras, parts[part].cameras)
+    np.testing.assert_array_equal(np.asarray(found.query.images.read(1)), parts[part].images[1])

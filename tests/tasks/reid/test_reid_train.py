@@ -25,7 +25,7 @@ from m2jax.tasks import embedder, epochs
 from m2jax.tasks.epochs import Epochs, Pictures
 from m2jax.tasks.reid import train
 from m2jax.tasks.reid.dcformer import Settings
-from m2jax.tasks.reid.evaluate import evaluate
+from m2jax.tasks.reid.evaluate import embed, evaluate
 from m2jax.tasks.reid.metrics import Labels
 from m2jax.tasks.reid.readers import ReidSet, Split
 from m2jax.tasks.reid.train import Recipe
@@ -106,7 +106,7 @@ def test_a_run_that_was_cut_off_goes_on_alike(tmp_path, monkeypatch, batches, pr
     assert not (tmp_path / "cut" / embedder.INSIDE).exists()
     same(whole, train.train(data(), settings, recipe, tmp_path / "cut", **QUIET))
     other = dataclasses.replace(recipe, p=2)
-    with pytest.raises(UserError, match="recipe is"):
+    with pytest.raises(UserError, match=r"recipe\.p is 3 there and 2 in this run"):
         train.train(data(), settings, other, tmp_path / "cut", **QUIET)
 
 
@@ -286,6 +286,14 @@ def test_side_information_reaches_the_features():
     np.testing.assert_allclose(jnp.linalg.norm(told, axis=1), 1, rtol=1e-5)
     with pytest.raises(UserError, match="camera 2: the model knows 2"):
         made.encode_image(images, np.array([0, 2]))
+
+    side = Split(
+        Made(5, lambda row: Image.new("RGB", (8, 16), (40 * row, 9, 9))),
+        Labels(np.zeros(5, int), np.array([1, 0, 1, 1, 0])),
+    )
+    found = embed(made, side, 2, lambda done: None)
+    pixels = made.preprocess([side.images.read(row) for row in range(5)])
+    np.testing.assert_allclose(found, made.encode_image(pixels, side.labels.cameras), atol=1e-6)
 
 
 def market(root):

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from m2jax.config import UserError
 from m2jax.tasks.reid import samplers
 from m2jax.tasks.reid.prototypes import Prototypes, moved
+from m2jax.tasks.reid.train import Identities, Recipe
 from tests.losses.reductions import mesh_of
 
 
@@ -66,6 +69,22 @@ def test_every_batch_of_the_nearest_variant_is_alike():
         assert first == second
 
 
+def test_epochs_differ_in_groups_and_anchors():
+    """What is left over after the last whole group is left over by chance, and so is the start."""
+    labels = np.repeat(np.arange(6), 5)
+    taken, starts = np.zeros(30, int), {"window": set(), "nearest": set()}
+    for seed in range(40):
+        chunks = samplers.Chunks(labels, 2, np.random.default_rng(seed))
+        for identity in range(6):
+            taken[chunks.take(identity)] += 1
+        for name, found in starts.items():
+            rng = np.random.default_rng(seed)
+            first = next(samplers.SAMPLERS[name](labels, 2, 2, rng, alike(0, 6)))
+            found.add(int(labels[first[0]]))
+    assert (taken > 0).all()
+    assert starts == {name: {*range(6)} for name in starts}
+
+
 @pytest.mark.parametrize(
     ("labels", "p", "k", "message"),
     [
@@ -78,6 +97,16 @@ def test_every_batch_of_the_nearest_variant_is_alike():
 def test_samplers_that_cannot_be(labels, p, k, message):
     with pytest.raises(UserError, match=message):
         next(samplers.pk(np.array(labels, int), p, k, np.random.default_rng(0)))
+
+
+def test_an_epochs_order_is_its_own_and_the_same_again():
+    labels, recipe = np.repeat(np.arange(6), 4), Recipe(p=3, k=2)
+    order = Identities(labels, recipe, 16, None)
+    first, again, second = (np.stack(order(epoch, {})) for epoch in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, second)
+    other = Identities(labels, dataclasses.replace(recipe, seed=1), 16, None)
+    assert not np.array_equal(first, np.stack(other(0, {})))
 
 
 @pytest.mark.parametrize("mesh_name", [None, "ring of 8"])

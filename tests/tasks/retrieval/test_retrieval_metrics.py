@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from m2jax.config import UserError
 from m2jax.tasks import ranking
 from m2jax.tasks.retrieval import metrics
-from m2jax.tasks.retrieval.compatibility import Measured, compatibility, is_compatible
+from m2jax.tasks.retrieval.compatibility import Measured, compatibility
 
 
 def hits(*ranks, totals=None):
@@ -69,12 +69,10 @@ def test_compatibility_scores_of_special_cases():
     """As good as alone and no better across: 50; P_1 is taken per data set."""
     same = Measured(old=0.2, new=0.5, cross=0.2, alone=0.5)
     assert compatibility([same]) == pytest.approx((50, 50, 50))
-    assert not is_compatible(same)
     better = same._replace(cross=0.5, new=0.6)
     both = compatibility({"a": same, "b": better})
     each = compatibility([better])
     assert both.p_1 == pytest.approx((50 + each.p_1) / 2)
-    assert is_compatible(better)
 
 
 @pytest.mark.parametrize(

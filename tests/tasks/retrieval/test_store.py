@@ -66,8 +66,85 @@ def test_one_version_has_one_vector_per_item(store):
         store.search(old.vectors, 1, ['a" or ""=="'])
     with pytest.raises(UserError, match="use one of FLAT"):
         store.create(16, index="TREE")
+    with pytest.raises(UserError, match="--index HNSW: items has FLAT already"):
+        store.create(16, index="HNSW")
+    store.create(16)
+    store.create(16, index="FLAT")
     with pytest.raises(UserError, match="--batch 0"):
         backfill(store, old, "v1", batch=0)
+
+
+def test_a_vector_that_differs_in_two_numbers_is_another(store):
+    """They are exchanged: the length is the same, and so is every other number."""
+    old, _ = models()
+    store.create(16)
+    backfill(store, old, "v1")
+    changed = old.vectors.copy()
+    changed[7, [3, 4]] = changed[7, [4, 3]]
+    with pytest.raises(UserError, match=r"^item 7: has another vector of version v1"):
+        backfill(store, old._replace(vectors=changed), "v1")
+
+
+@pytest.mark.parametrize("index", ["HNSW", "AUTOINDEX"])
+def test_an_index_stays_what_it_is(store, tmp_path, index):
+    store.create(16, index=index)
+    store.create(16, index=index)
+    store.create(16)
+    with pytest.raises(UserError, match=f"--index FLAT: items has {index} already"):
+        store.create(16, index="FLAT")
+
+
+def test_older_vectors_over_newer_ones_are_told_of(store):
+    """Once, before it happens; an upgrade, or one that goes on, is nothing to tell of."""
+    old, new = models()
+    store.create(16)
+    told = []
+
+    def warn(line):
+        told.append((line, store.count("v10")))
+
+    half = new._replace(ids=new.ids[:30], vectors=new.vectors[:30])
+    for features, version in ((old, "v9"), (half, "v10"), (half, "v10")):
+        backfill(store, features, version, batch=10, warn=warn)
+    assert not told
+    assert backfill(store, old, "v9", batch=10, warn=warn)[1:] == (0, 30, 30)
+    (line, newer), *more = told
+    assert "replaces vectors of version v10 by those of v9" in line
+    assert newer == 30
+    assert not more
+
+
+@pytest.mark.parametrize(
+    ("version", "other", "older"),
+    [
+        ("v9", "v10", True),
+        ("v10", "v9", False),
+        ("v1", "v1", False),
+        ("m2-1.2", "m2-1.10", True),
+        ("2024-12", "2025-01", True),
+        ("b1", "a2", False),  # of different models: nobody knows
+        ("a", "b", False),
+        ("v1", "v1.1", False),
+    ],
+)
+def test_versions_are_compared_by_their_numbers(version, other, older):
+    assert backfill_lib.is_older(version, other) is older
+
+
+def test_ids_may_have_quotes(store):
+    """They go into a filter, where a quote would end them and a backslash be swallowed."""
+    old, new = models(n=7)
+    ids = ["O'Neill's.jpg", 'a"b', "a\\b", "\\n", "a\\", "x'] or id != 'x", '", "']
+    old, new = (each._replace(ids=ids) for each in (old, new))
+    store.create(16)
+    assert backfill(store, old, "v1")[1:] == (7, 0, 0)
+    assert {*store.read(["O'Neill's.jpg", "x'] or id != 'x", "y'] or id != 'y"])} == {
+        ids[0],
+        ids[5],
+    }
+    assert backfill(store, new, "v2")[1:] == (0, 7, 0)
+    assert backfill(store, new, "v2")[1:] == (0, 0, 7)
+    assert contents(store) == expected([(new, "v2")])
 
 
 def test_databases_that_cannot_be_opened(tmp_path):
@@ -94,7 +171,13 @@ def test_features_that_cannot_be(tmp_path):
     refused("do not fit", features=good.vectors, ids=ids[1:])
     refused("not a number", features=good.vectors * np.nan, ids=ids)
     refused("is zero", features=good.vectors * 0, ids=ids)
+    refused("is zero", features=good.vectors * 1e-20, ids=ids)
+    refused("too large", features=good.vectors.astype(float) * 1e300, ids=ids)
+    refused("too large", features=good.vectors * np.float32(1e30), ids=ids)
+    for bad in ("a\nb", "a\x00b", "a\udcffb"):  # the last: a file name that is no UTF-8
+        refused("cannot be stored", features=good.vectors[:1], ids=np.array([bad]))
     refused("comes twice", features=good.vectors, ids=np.resize(ids[:7], 60))
+    refused("features are bool: give", features=good.vectors > 0, ids=ids)
     refused("1 to 512 bytes", features=good.vectors[:1], ids=np.array(["x" * 513]))
     refused("no features and ids", features=good.vectors[:1], ids=np.array([{}], object))
     write_npz(tmp_path / "g.npz", good)
@@ -102,6 +185,45 @@ def test_features_that_cannot_be(tmp_path):
     write_npz(tmp_path / "h.npz", small)
     with pytest.raises(UserError, match="another dimension"):
         read_features([tmp_path / "g.npz", tmp_path / "h.npz"])
+    write_npz(tmp_path / "h.npz", good._replace(ids=["another", *good.ids[1:]]))
+    with pytest.raises(UserError, match="'item 1': comes twice"):
+        read_features([tmp_path / "g.npz", tmp_path / "h.npz"])
+
+
+def test_whole_numbers_are_features_too(tmp_path):
+    """What a quantised model gives."""
+    numbers = np.random.default_rng(0).integers(-128, 128, (5, 4), np.int8)
+    np.savez(tmp_path / "f.npz", features=numbers, ids=np.array([*"abcde"]))
+    found = read_features([tmp_path / "f.npz"]).vectors
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, numbers)
+
+
+def test_files_are_read_one_at_a_time(tmp_path):
+    """A later one is not opened before it is asked for."""
+    good, _ = models()
+    first = write_npz(tmp_path / "a.npz", good)
+    parts = backfill_lib.shards([first, tmp_path / "missing.npz"])
+    assert next(parts).ids == good.ids
+    with pytest.raises(UserError, match="missing"):
+        next(parts)
+
+
+def test_damaged_files_are_refused_in_one_line(tmp_path):
+    """Cut, changed, empty, another format: NumPy raises something else for each."""
+    good, _ = models()
+    np.savez_compressed(tmp_path / "z.npz", features=good.vectors, ids=np.array(good.ids))
+    np.save(tmp_path / "one.npy", good.vectors)
+    whole = (tmp_path / "z.npz").read_bytes()
+    changed = bytearray(whole)
+    changed[120:124] = b"\xff\x00\xff\x55"
+    parts = {"empty": b"", "cut": whole[: len(whole) // 2], "changed": bytes(changed)}
+    for name, body in parts.items():
+        (tmp_path / f"{name}.npz").write_bytes(body)
+    for name in (*(f"{part}.npz" for part in parts), "one.npy", "missing.npz"):
+        with pytest.raises(UserError, match=rf"{name}: no features and ids in it") as error:
+            read_features([tmp_path / name])
+        assert "\n" not in str(error.value)
 
 
 def test_a_checksum_tells_every_difference():

@@ -8,20 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from PIL import Image
 
 from m2jax import config
 from m2jax.cli.main import main
 from m2jax.config import UserError
 from m2jax.dist.sharding import batch_sharding
-from m2jax.eval.sets.records import Files, Made
 from m2jax.losses import compatible as losses
 from m2jax.losses.adversarial import adversarial_weight, cross_entropy
 from m2jax.models import params as params_lib
 from m2jax.models.batch_norm import EPS
 from m2jax.optim import by_epoch, make_sgd
 from m2jax.tasks import embedder
-from m2jax.tasks.retrieval import advbct, train_compatible, training_sets
+from m2jax.tasks.retrieval import advbct, train_compatible
 from m2jax.tasks.retrieval.compatible import METHODS, CompatibleTask, Settings, as_advbct
 from m2jax.tasks.retrieval.statistics import class_statistics
 from m2jax.tasks.retrieval.train_compatible import Labelled, Recipe, Stored
@@ -230,6 +228,8 @@ def test_known_classes_come_first():
     np.testing.assert_array_equal(np.array(data.names)[data.labels], before)
     with pytest.raises(UserError, match="class 9"):
         train_compatible.known_first(data, ["class 9"])
+    with pytest.raises(UserError, match=r"class 4.*named twice"):
+        train_compatible.known_first(data, ["class 4", "class 1", "class 4"])
 
 
 def test_statistics_are_of_known_classes_and_centres_of_all():
@@ -249,10 +249,81 @@ def test_statistics_are_of_known_classes_and_centres_of_all():
         train_compatible.old_of(Stored(0 * vectors, KNOWN), labelled().labels, CLASSES)
 
 
+def test_statistics_are_made_some_rows_at_a_time(monkeypatch):
+    """Of all rows, by blocks that do not divide them."""
+    labels = labelled().labels
+    whole, sizes = old(), []
+
+    def made(batches, classes):
+        sizes.append([len(vectors) for vectors, _ in batches()])
+        return class_statistics(batches, classes)
+
+    monkeypatch.setattr(train_compatible, "ROWS", 5)
+    monkeypatch.setattr(train_compatible, "class_statistics", made)
+    found = train_compatible.old_of(stored(), labels, CLASSES)
+    assert [sum(each) for each in sizes] == [(labels < KNOWN).sum(), len(labels)]
+    assert {size for each in sizes for size in each[:-1]} == {5}
+    np.testing.assert_allclose(found.classes.radii, whole.classes.radii, atol=1e-6)
+    np.testing.assert_allclose(found.centres, whole.centres, atol=1e-6)
+
+
 def test_rates_are_the_published_steps():
     found = train_compatible.rates(Recipe(), 30)
     wanted = [0.1] * 5 + [0.01] * 5 + [0.001] * 10 + [0.0001] * 10
     np.testing.assert_allclose(found, wanted, rtol=1e-9)
+
+
+class CalledError(Exception):
+    """Ends a training or a command where it would begin."""
+
+
+def test_an_epochs_order_is_its_own_and_the_same_again(tmp_path, monkeypatch):
+    orders = []
+
+    def called(source, order, mesh, batch):
+        orders.append(order)
+        raise CalledError
+
+    monkeypatch.setattr(train_compatible, "Epochs", called)
+    settings = dataclasses.replace(PLAIN, method="none")
+    with pytest.raises(CalledError):
+        train_compatible.train(labelled(), settings, SHORT, tmp_path / "run", **QUIET)
+    first, again, second = (np.stack(orders[0](epoch, {})) for epoch in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert sorted(first.ravel()) == [*range(36)]
+    assert not np.array_equal(first, second)
+
+
+def test_each_word_reaches_the_training(tmp_path, monkeypatch, capsys):
+    seen = []
+
+    def called(data, settings, recipe, out, stored, start):
+        seen.append((data, settings, recipe))
+        raise CalledError
+
+    monkeypatch.setattr(train_compatible, "train", called)
+    root = market(tmp_path / "market")
+    words = ["retrieval", "train-compatible", "--data", str(root), "--layout", "market1501"]
+    words += ["--out", str(tmp_path / "run"), "--method", "none", "--size", "32x16", "--width"]
+    words += ["24", "--layers", "2", "--heads", "4", "--patch", "8", "--dim", "12", "--tau", "0.7"]
+    words += ["--epochs", "9", "--batch-size", "10", "--optimizer", "sgd", "--flip", "0.25"]
+    assert main([*words, "--pad", "2", "--seed", "5", "--learning-rate", "0.03"]) == 1
+    data, settings, recipe = seen[0]
+    assert (len(data.labels), settings.method, settings.dim, settings.tau) == (20, "none", 12, 0.7)
+    assert (settings.epochs, settings.flip, settings.pad) == (9, 0.25, 2)
+    assert (recipe.batch, recipe.optimizer, recipe.seed) == (10, "sgd", 5)
+    assert recipe.learning_rate == 0.03
+    tower = settings.tower
+    assert (tower.height, tower.image_width, tower.width, tower.layers) == (32, 16, 24, 2)
+    assert (tower.heads, tower.patch_size, tower.tokens) == (4, 8, 1)
+    (tmp_path / "c.txt").write_text("0\n1\n0\n")
+    capsys.readouterr()
+    more = ["--old-classes", str(tmp_path / "c.txt")]
+    assert main([*words, *more]) == 2
+    assert "--old-classes: goes with --old-features" in capsys.readouterr().err
+    for tau in ("nan", "inf", "-1"):
+        assert main([*words, "--tau", tau]) == 2
+        assert "--tau" in capsys.readouterr().err
 
 
 def test_what_excludes_each_other(tmp_path):
@@ -276,43 +347,6 @@ def test_what_excludes_each_other(tmp_path):
     with pytest.raises(UserError, match="more than the 36 images"):
         run("none", batch=64)
     assert not (tmp_path / "run").exists()
-
-
-def test_vectors_by_the_paths_of_images(tmp_path):
-    names = [tmp_path / f"{n}.png" for n in range(4)]
-    data = Labelled(Files(names), np.array([0, 0, 1, 2]), ["a", "b", "c"])
-    np.savez(
-        tmp_path / "f.npz",
-        features=np.eye(4, dtype=np.float32)[:3],
-        ids=[str(names[2]), str(names[3]), "elsewhere.png"],
-    )
-    found, there = training_sets.stored_in([tmp_path / "f.npz"], data, None)
-    assert found.names == ["b", "c", "a"]
-    assert found.labels.tolist() == [2, 2, 0, 1]
-    assert there.known == 2
-    wanted = [np.zeros(4), np.zeros(4), np.eye(4)[0], np.eye(4)[1]]
-    np.testing.assert_array_equal(there.vectors, wanted)
-    np.savez(tmp_path / "g.npz", features=np.eye(2, dtype=np.float32), ids=["x", "y"])
-    with pytest.raises(UserError, match="no id is the path"):
-        training_sets.stored_in([tmp_path / "g.npz"], data, None)
-    drawn = data._replace(images=Made(4, lambda row: Image.new("RGB", (2, 2))))
-    with pytest.raises(UserError, match="lies in no files"):
-        training_sets.stored_in([tmp_path / "f.npz"], drawn, None)
-
-
-def test_a_share_of_the_classes_is_always_the_same():
-    found = training_sets.some_classes(labelled(), 0.5)
-    again = training_sets.some_classes(labelled(), 0.8)
-    assert set(found.names) <= set(again.names) < set(labelled().names)
-    kept = [n for n, name in enumerate(labelled().names) if name in found.names]
-    rows = np.flatnonzero(np.isin(labelled().labels, kept))
-    names = np.array(labelled().names)[labelled().labels[rows]]
-    np.testing.assert_array_equal(np.array(found.names)[found.labels], names)
-    for at in (0, len(rows) - 1):
-        same = [np.asarray(s.images.read(r)) for s, r in ((found, at), (labelled(), rows[at]))]
-        np.testing.assert_array_equal(*same)
-    with pytest.raises(UserError, match="leaves 0 classes"):
-        training_sets.some_classes(labelled(), 0.0)
 
 
 @pytest.mark.slow
