@@ -3,8 +3,10 @@
 
 import importlib.util
 import os
+import sys
 from pathlib import Path
 
+import absl.logging
 import pytest
 
 # Read by jax when its first device is touched, so they are set before any test module is imported.
@@ -28,6 +30,10 @@ os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".cache" / "jax")
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+# pymilvus sets logging up anew when it is imported, which closes all handlers there are; absl's closes
+# the stream it has, which would be pytest's own, unless that is one of Python's.
+absl.logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
 # A launcher around the test run must not look like the tests' own.
 for name in list(os.environ):
