@@ -31,8 +31,8 @@ os.environ.setdefault(
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
-# pymilvus sets logging up anew when it is imported, which closes all handlers there are; absl's closes
-# the stream it has, which would be pytest's own, unless that is one of Python's.
+# pymilvus sets logging up anew when it is imported, which closes all handlers there are; absl's
+# closes the stream it has, which would be pytest's own, unless that is one of Python's.
 absl.logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
 # A launcher around the test run must not look like the tests' own.
