@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import select
 import sys
 import traceback
 from collections.abc import Sequence
@@ -68,10 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return args.run(args)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
-    except BrokenPipeError:  # the reader of our output left, as `| head` does
-        sys.stderr.close()
-        return 1
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_left():
+            sys.stderr.close()
+            return 1
         return report(error, debug=args.debug)
 
 
@@ -113,6 +114,13 @@ def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
             key = key if value is None else f"{key}={value}"
         overrides.append(key)
     return others, overrides
+
+
+def _reader_left() -> bool:
+    """Whether nobody reads our output any more, as after ``| head``."""
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def report(error: Exception, *, debug: bool) -> int:

@@ -158,3 +158,27 @@ def test_python_dash_m() -> None:
         [sys.executable, "-m", "m2jax", "--version"], capture_output=True, text=True, check=True
     )
     assert done.stdout.startswith("m2jax ")
+
+
+def test_a_pipe_that_breaks_elsewhere_is_an_error_with_words(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "run", raising(BrokenPipeError(32, "a worker is gone")))
+    assert main(["doctor"]) == 1
+    assert "a worker is gone" in capsys.readouterr().err
+
+
+def test_a_reader_that_leaves_ends_a_verb_without_words() -> None:
+    code = (
+        "import sys; from m2jax.cli import doctor, main\n"
+        "doctor.run = lambda args: [print('x' * 100) for _ in range(10**5)] and 0\n"
+        "sys.exit(main.main(['doctor']))"
+    )
+    words = [sys.executable, "-c", code]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as verb:
+        assert verb.stdout is not None
+        assert verb.stderr is not None
+        verb.stdout.readline()
+        verb.stdout.close()
+        assert verb.stderr.read() == b""
+        assert verb.wait() == 1
