@@ -16,10 +16,6 @@ from __future__ import annotations
 
 import json
 import math
-import struct
-import tokenize
-import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -29,6 +25,7 @@ import scipy.stats
 from jaxtyping import Float
 
 from m2jax.config import UserError
+from m2jax.data.npz import DAMAGED
 from m2jax.eval import metrics as metrics_lib
 
 FLIPS = 10_000  # where not all are counted: the smallest p-value is 1 in as many
@@ -109,16 +106,8 @@ def _read_examples(path: Path) -> tuple[dict[str, np.ndarray], str]:
         for key, row in rows.items():
             _check_examples(key, row)
         return rows, questions
-    except _DAMAGED as error:
+    except DAMAGED as error:
         raise UserError(f"{path}: damaged ({error}): remove it, or evaluate again") from error
-
-
-# What NumPy and zipfile raise on a file that is cut, changed, or another: not one of a kind.
-_DAMAGED = (
-    *(OSError, ValueError, EOFError, KeyError, TypeError, AttributeError, IndexError),
-    *(NotImplementedError, RuntimeError, MemoryError, OverflowError, SyntaxError),
-    *(zipfile.BadZipFile, zlib.error, tokenize.TokenError, struct.error),
-)
 
 
 def _check_examples(key: str, row: Any) -> None:

@@ -3,22 +3,12 @@
 
 from __future__ import annotations
 
-import struct
-import tokenize
-import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
 
 from m2jax.config import UserError
-
-# What NumPy and zipfile raise on a file that is cut, changed, or another: not one of a kind.
-_DAMAGED = (
-    *(OSError, ValueError, EOFError, KeyError, TypeError, AttributeError, IndexError),
-    *(NotImplementedError, RuntimeError, MemoryError, OverflowError, SyntaxError),
-    *(zipfile.BadZipFile, zlib.error, tokenize.TokenError, struct.error),
-)
+from m2jax.data.npz import DAMAGED
 
 
 def read(file: Path, beside: str, advice: str) -> tuple[np.ndarray, np.ndarray]:
@@ -35,6 +25,6 @@ def read(file: Path, beside: str, advice: str) -> tuple[np.ndarray, np.ndarray]:
     try:
         with file.open("rb") as opened, np.load(opened, allow_pickle=False) as held:
             return held["features"], held[beside]
-    except _DAMAGED as error:
+    except DAMAGED as error:
         why = str(error) or type(error).__name__
         raise UserError(f"{file}: no features and {beside} in it ({why:.120}): {advice}") from error

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A toy model in a folder, for the verb's tests."""
+"""A toy model in a folder, for the verb's tests, and one that only tokenizes."""
 
 import jax
+import numpy as np
 import pytest
 import sentencepiece  # noqa: F401  (its C++ types warn when first imported inside a test)
 
@@ -34,3 +35,19 @@ def model(tmp_path_factory):
         path, MODEL, params, tokenizer=tokenizer.to_dict(), preprocess=Preprocess(16).to_dict()
     )
     return path
+
+
+class FourWords:
+    """A tokenizer of four words; longer texts lose their end."""
+
+    def tokenize(self, texts):
+        ids = np.zeros((len(texts), 4), np.int64)
+        for row, text in enumerate(texts):
+            for place, word in enumerate(text.split()[:4]):
+                ids[row, place] = hash(word)
+        return ids, ids != 0
+
+
+@pytest.fixture
+def four_words():
+    return FourWords()

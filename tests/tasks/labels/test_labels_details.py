@@ -178,18 +178,7 @@ def test_class_prompts_are_the_mean_over_all_names_templates_and_languages(monke
         np.testing.assert_allclose(row, expected)
 
 
-class Words:
-    """A tokenizer of four words; longer texts lose their end."""
-
-    def tokenize(self, texts):
-        ids = np.zeros((len(texts), 4), np.int64)
-        for row, text in enumerate(texts):
-            for place, word in enumerate(text.split()[:4]):
-                ids[row, place] = hash(word)
-        return ids, ids != 0
-
-
-def test_sentences_that_a_model_would_read_in_part_are_left_out(monkeypatch):
+def test_sentences_that_a_model_would_read_in_part_are_left_out(monkeypatch, four_words):
     monkeypatch.setattr(vocabulary, "BATCH", 2)
     made = [
         Sentence("a dog", (0,), "en"),
@@ -197,23 +186,23 @@ def test_sentences_that_a_model_would_read_in_part_are_left_out(monkeypatch):
         Sentence("one more dog", (0,), "en"),
     ]
     given = corpus.Corpus(made, {"source": "grammar", "sentences": 3, "never_named": []})
-    found = corpus.uncut(Words(), WORDS, given)
+    found = corpus.uncut(four_words, WORDS, given)
     assert found.sentences == [made[0], made[2]]
     report = found.report
     assert (report["source"], report["sentences"], report["cut_off"]) == ("grammar", 2, 1)
     assert report["never_named"] == ["cat"]
     with pytest.raises(UserError, match="all are longer than the model's text"):
-        corpus.uncut(Words(), WORDS, corpus.Corpus(made[1:2], {}))
+        corpus.uncut(four_words, WORDS, corpus.Corpus(made[1:2], {}))
 
 
-def test_training_takes_no_sentence_that_the_model_would_read_in_part(monkeypatch):
+def test_training_takes_no_sentence_that_the_model_would_read_in_part(monkeypatch, four_words):
     made = [Sentence(text, (0,), "en") for text in ("a dog", "a dog on a hill", "one dog")]
     monkeypatch.setattr(features, "texts", lambda model, texts, **_: np.ones((len(texts), 2)))
     monkeypatch.setattr(features, "fingerprint", lambda model: "m")
     monkeypatch.setattr(zero_shot, "class_prompts", lambda *_: np.eye(2))
     monkeypatch.setattr(train, "fitted", lambda *given, **_: given)
     given = corpus.Corpus(made, {"source": "grammar"})
-    texts, _, _, _, report = train.fit(Words(), WORDS, given, ("en",), Settings())
+    texts, _, _, _, report = train.fit(four_words, WORDS, given, ("en",), Settings())
     assert [s.text for s in texts.sentences] == ["a dog", "one dog"]
     assert len(texts.features) == len(texts.labels) == 2
     assert (report["cut_off"], report["sentences"]) == (1, 2)

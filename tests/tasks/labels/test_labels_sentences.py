@@ -79,22 +79,11 @@ def test_labels_of_one_and_of_both_languages(tmp_path):
             vocabulary.read(file)
 
 
-class Words:
-    """A tokenizer of four words."""
-
-    def tokenize(self, texts):
-        ids = np.zeros((len(texts), 4), np.int64)
-        for row, text in enumerate(texts):
-            for place, word in enumerate(text.split()[:4]):
-                ids[row, place] = hash(word)
-        return ids, ids != 0
-
-
-def test_a_label_as_long_as_the_models_text_is_refused():
+def test_a_label_as_long_as_the_models_text_is_refused(four_words):
     names = ["one two three four five", "x"]
     with pytest.raises(UserError, match=r"'one two three four five': longer than .* \(4 tokens\)"):
-        vocabulary.check_length(Words(), vocabulary.checked([{"en": [n]} for n in names]))
-    vocabulary.check_length(Words(), vocabulary.checked([{"en": ["one two"]}, {"en": ["x"]}]))
+        vocabulary.check_length(four_words, vocabulary.checked([{"en": [n]} for n in names]))
+    vocabulary.check_length(four_words, vocabulary.checked([{"en": ["one two"]}, {"en": ["x"]}]))
 
 
 @pytest.mark.parametrize(
