@@ -9,14 +9,11 @@ attentive masking); m2 (ITC, CMLM, CMIM). All are trained on composed scenes of 
 scored on scenes in styles they never saw. M2's visual tokenizer is distilled from the itc run of
 the same seed, in as many steps: those two are made first where they are missing.
 
-A finished run leaves scores.json in a folder named by the code of m2jax/ (git's hash of it) and the
-config, and is not made again; one that was cut off is resumed by `m2jax train`. The table of what
-is there is printed after each run.
+A finished row leaves a file named by the code of m2jax/ and the config, and is not made again; one
+that was cut off is resumed by `m2jax train`.
 """
 
-import argparse
 import dataclasses
-import hashlib
 import json
 import statistics
 import subprocess
@@ -24,7 +21,7 @@ import sys
 import time
 from pathlib import Path
 
-from code_tree import tree
+import row_table
 
 from m2jax import config
 from m2jax.config_files import load_config
@@ -34,8 +31,13 @@ ROOT = Path(__file__).resolve().parent.parent
 ROWS = ("itc", "itc+ic", "sycoca-random", "sycoca", "m2")
 # Few enough concepts for 300 steps to show each some 350 times.
 CONCEPTS, SUITE = 120, "emoji-scenes-120"
+BATCH = 64
 STYLES, LANGUAGES = ("fluent", "openmoji"), ("en", "zh")
-COLUMNS = ("mean_recall", "i2t_r1", "pointing", "cider", "bleu4")  # of scenes, in per cent
+SPLITS = {"test": ROWS}
+SCORES = ("mean_recall", "i2t_r1", "pointing", "cider", "bleu4")  # of scenes, in per cent
+COLUMNS = [f"{name} {language}" for name in SCORES for language in LANGUAGES]
+COLUMNS += ["step ms", "seconds"]
+NEEDS = {"tokenizer": "itc", "m2": "tokenizer"}  # by row: the run of the same seed it starts from
 
 
 def losses(row):
@@ -73,7 +75,7 @@ def experiment(row, seed, steps):
             name="emoji-scenes",
             concepts=CONCEPTS,
             views=1,
-            batch_size=64,
+            batch_size=BATCH,
             augment=augment,
         ),
         loss=losses(row),
@@ -83,101 +85,73 @@ def experiment(row, seed, steps):
     )
 
 
-class Runs:
-    """The runs under one folder."""
+def of_styles(found):
+    """A run's scores by column: means over the styles, in per cent."""
+    figures = {}
+    for name in SCORES:
+        for language in LANGUAGES:
+            keys = [f"scenes/{style}/{language}/{name}" for style in STYLES]
+            if all(key in found for key in keys):
+                figures[f"{name} {language}"] = 100 * statistics.fmean(found[key] for key in keys)
+    return figures
 
-    def __init__(self, out, steps):
-        self.out, self.steps, self.tree = out.absolute(), steps, tree()
+
+class Bench:
+    """The rows under one folder."""
+
+    def __init__(self, args):
+        self.args, self.out = args, args.out.absolute()
 
     def folder(self, row, seed):
-        """Of a run; its config includes, by their folders, the runs it starts from."""
-        text = config.to_json(self.config(row, seed)).replace(str(self.out), "")
-        code = hashlib.sha256(text.encode()).hexdigest()[:10]
-        return self.out / f"{row}-{seed}" / f"{self.tree}-{code}"
+        """Of a run."""
+        return self.out / "runs" / row_table.run_name(self.made(row, seed))
 
     def config(self, row, seed):
-        """The experiment with the runs it needs named."""
-        made = experiment(row, seed, self.steps)
+        """The experiment with the run it starts from named."""
+        made = experiment(row, seed, self.args.steps)
+        if row not in NEEDS:
+            return made
+        begun = str(self.folder(NEEDS[row], seed) / "run")
         if row == "tokenizer":
-            init = str(self.folder("itc", seed) / "run")
-            return dataclasses.replace(made, finetune=config.Finetune(init=init))
-        if row == "m2":
-            named = str(self.folder("tokenizer", seed) / "run")
-            tokens = dataclasses.replace(made.loss.masked_tokens, tokenizer=named)
-            loss = dataclasses.replace(made.loss, masked_tokens=tokens)
-            return dataclasses.replace(made, loss=loss)
-        return made
+            return dataclasses.replace(made, finetune=config.Finetune(init=begun))
+        tokens = dataclasses.replace(made.loss.masked_tokens, tokenizer=begun)
+        return dataclasses.replace(made, loss=dataclasses.replace(made.loss, masked_tokens=tokens))
+
+    def made(self, row, seed):
+        """All that the row's figures depend on; runs lie where they may."""
+        return json.loads(config.to_json(self.config(row, seed)).replace(str(self.out), ""))
 
     def make(self, row, seed):
-        """Trains and scores a run if it is not there."""
+        """Trains and scores a run, and first the one it starts from."""
+        if row in NEEDS:
+            self.figures(NEEDS[row], seed)
         folder = self.folder(row, seed)
-        if (folder / "scores.json").exists():
-            return
-        for other in {"tokenizer": ["itc"], "m2": ["tokenizer"]}.get(row, []):
-            self.make(other, seed)
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / "experiment.json"
         file.write_text(config.to_json(self.config(row, seed)))
         begin = time.monotonic()
         command = ["-m", "m2jax", "train", "--config", str(file), "--workdir", str(folder / "run")]
         subprocess.run([sys.executable, *command], check=True, cwd=ROOT)
+        seconds = time.monotonic() - begin
         metrics = folder / "run" / "metrics.json"
         found = json.loads(metrics.read_text()) if metrics.exists() else {}
-        rows = read_rows(folder / "run" / "metrics.jsonl")
-        found["seconds"] = time.monotonic() - begin
-        found["step_ms"] = 1e3 * statistics.median(64 / r["samples_per_s"] for r in rows[1:])
-        (folder / "scores.json").write_text(json.dumps(found, indent=1) + "\n")
+        steps = read_rows(folder / "run" / "metrics.jsonl")[1:]  # the first has the compilation
+        step_ms = 1e3 * statistics.median(BATCH / step["samples_per_s"] for step in steps)
+        return found | of_styles(found) | {"step ms": step_ms, "seconds": seconds}
 
-    def scores(self, row, seed):
-        """The figures of a run, means over styles, or none where it is not there."""
-        file = self.folder(row, seed) / "scores.json"
-        if not file.exists():
-            return None
-        found, figures = json.loads(file.read_text()), {}
-        for name in COLUMNS:
-            for language in LANGUAGES:
-                keys = [f"scenes/{style}/{language}/{name}" for style in STYLES]
-                if all(key in found for key in keys):
-                    mean = statistics.fmean(found[key] for key in keys)
-                    figures[f"{name} {language}"] = 100 * mean
-        return figures | {"step ms": found["step_ms"], "seconds": found["seconds"]}
-
-
-def table(runs, rows, seeds):
-    """Mean and standard deviation over the seeds that are there, a row per objective."""
-    names = [f"{name} {language}" for name in COLUMNS for language in LANGUAGES]
-    names += ["step ms", "seconds"]
-    lines = [f"| row | seeds | {' | '.join(names)} |", f"|{'---|' * (len(names) + 2)}"]
-    for row in rows:
-        there = [found for seed in seeds if (found := runs.scores(row, seed)) is not None]
-        cells = []
-        for name in names:
-            values = [found[name] for found in there if name in found]
-            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.fmean(values):.1f}{spread}" if values else "")
-        lines.append(f"| {row} | {len(there)} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    def figures(self, row, seed):
+        """The row's figures; made if they are not there."""
+        return row_table.figures(
+            self.out, self.made(row, seed), lambda: self.make(row, seed), dry=self.args.dry_run
+        )
 
 
 def main():
-    """Makes what is missing, seed by seed, so that a cut table still compares all rows."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    """Makes what is missing and prints the table."""
+    parser = row_table.arguments(__doc__, SPLITS)
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument(
-        "--dry-run", action="store_true", help="only show the table of what is there"
-    )
-    args = parser.parse_args()
-    runs = Runs(args.out, args.steps)
-    for seed in args.seeds:
-        for row in args.rows:
-            if not args.dry_run:
-                runs.make(row, seed)
-                print(table(runs, args.rows, args.seeds), flush=True)
-    if args.dry_run:
-        print(table(runs, args.rows, args.seeds))
+    args = row_table.parsed(parser, SPLITS)
+    row_table.walk(args, Bench(args).figures, COLUMNS)
 
 
 if __name__ == "__main__":

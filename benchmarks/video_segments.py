@@ -9,23 +9,20 @@ of two tests, one of the kinds of edits that training has and one of others, bot
 training has not; and it trains. Settings of the classical methods and the detectors' confidence are
 those of the best F on a third of the training queries. All segments end where the copy is over.
 
-A row that is done leaves a file named by the code of m2jax/, the row's settings and its seed, and
-is not made again. The table of what is there is printed after each row.
+A finished row leaves a file named by the code of m2jax/ and the config, and is not made again.
 """
 
-import argparse
-import hashlib
 import itertools
 import json
-import os
 import statistics
 import time
 from dataclasses import asdict
 from pathlib import Path
 
+import code_tree
 import numpy as np
+import row_table
 import video_clips
-from code_tree import tree
 
 from m2jax.tasks.video import align, pattern, protocol, saved, ssan
 from m2jax.tasks.video.examples import Corpus
@@ -57,77 +54,68 @@ ROWS = {
     "SPD, uniform, from SPD": ("SPD", WINDOW, "uniform", "SPD"),
 }
 TESTS = {"seen": video_clips.SEEN, "held out": video_clips.HELD_OUT}
-COLUMNS = {
-    **{f"{test} {name}": f"{name} {test}" for test in TESTS for name in ("f1", "recall")},
-    "frames kept": "kept",
-    "cells": "cells",
-    "ms per pair": "ms",
-    "training s": "trained",
-}
+SPLITS = {"test": ROWS}
+# F and recall of the tests, frames kept and cells in per cent.
+COLUMNS = ("F seen", "R seen", "F held out", "R held out", "kept", "cells", "ms", "trained")
 
 
 class Bench:
-    """Queries, trainings and scores under one folder."""
+    """Queries, trainings and scores under one folder.
 
-    def __init__(self, out, cache, steps):
-        self.out, self.cache, self.steps, self.tree = out.absolute(), cache, steps, tree()
-        self.out.mkdir(parents=True, exist_ok=True)
+    Args:
+        out: the folder.
+        cache: of the packages with the clips.
+        steps: of a training.
+        dry: make nothing.
+    """
+
+    def __init__(self, out, cache, steps, *, dry=False):
+        self.out, self.cache, self.steps, self.dry = out.absolute(), cache, steps, dry
+        self.code = code_tree.tree("m2jax", "benchmarks/video_clips.py")
         self._clips = None
 
     def settings(self, kind, window, seed):
         """Of a training."""
         return ssan.Settings(kind=kind, window=window, seed=seed, steps=self.steps)
 
-    def code(self, row, seed):
-        """Names what a row depends on."""
+    def queries(self, seed):
+        """All that the queries of a seed depend on."""
+        return ["queries", seed, TRAINING, TEST, self.code]
+
+    def made(self, row, seed):
+        """All that the row's figures depend on."""
         method, window, kept, begun = ROWS[row]
         kind = "ssan" if kept == "ssan" else "spd"
         settings = asdict(self.settings(kind, window, seed)) if method == "SPD" else GRIDS[method]
-        own = [row, settings, window, kept, begun, self.steps if kept == "ske" else 0, seed, CONFS]
-        own += [
-            TRAINING,
-            TEST,
-            TUNED,
-            video_clips.__dict__["PACKAGES"],
-            video_clips.RATE,
-            self.tree,
-        ]
-        return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:12]
-
-    def file(self, row, seed):
-        """Of a row's scores."""
-        name = row.replace(", ", "-").lower()
-        return self.out / f"{name}-{seed}-{self.code(row, seed)}.json"
+        own = [row, settings, window, kept, begun, self.steps if kept == "ske" else 0, CONFS, TUNED]
+        return own + self.queries(seed)
 
     def data(self, seed):
         """Queries of training and tests, kept in a file."""
-        file = self.out / f"queries-{seed}-{self.tree}.npz"
-        if not file.exists():
-            if self._clips is None:
-                self._clips = video_clips.videos(self.cache)
-            features = video_clips.Features(self._clips.train)
-            made = {"train": (self._clips.train, video_clips.SEEN, TRAINING, 3 * seed)}
-            for number, (test, kinds) in enumerate(TESTS.items(), 1):
-                made[test] = (self._clips.test, kinds, TEST, 3 * seed + number)
-            arrays = {}
-            for name, (clips, kinds, count, own) in made.items():
-                corpus = video_clips.corpus(clips, kinds, count, own, features)
-                arrays |= {f"{name}/{video}": x for video, x in corpus.features.items()}
-                table = {"pairs": corpus.pairs, "boxes": corpus.boxes}
-                arrays[f"{name}/table"] = np.array(json.dumps(table))
-            temporary = file.with_suffix(f".{os.getpid()}.npz")
-            np.savez(temporary, **arrays)
-            temporary.replace(file)
-        with np.load(file) as loaded:
-            arrays = dict(loaded)
+        arrays = row_table.arrays(self.out, self.queries(seed), lambda: self.drawn(seed))
         return {name: _corpus(arrays, name) for name in ("train", *TESTS)}
+
+    def drawn(self, seed):
+        """Queries of training and tests, as arrays by name."""
+        if self._clips is None:
+            self._clips = video_clips.videos(self.cache)
+        features = video_clips.Features(self._clips.train)
+        made = {"train": (self._clips.train, video_clips.SEEN, TRAINING, 3 * seed)}
+        for number, (test, kinds) in enumerate(TESTS.items(), 1):
+            made[test] = (self._clips.test, kinds, TEST, 3 * seed + number)
+        arrays = {}
+        for name, (clips, kinds, count, own) in made.items():
+            corpus = video_clips.corpus(clips, kinds, count, own, features)
+            arrays |= {f"{name}/{video}": x for video, x in corpus.features.items()}
+            pairs = {"pairs": corpus.pairs, "boxes": corpus.boxes}
+            arrays[f"{name}/table"] = np.array(json.dumps(pairs))
+        return arrays
 
     def part(self, kind, window, seed, train, start=None, name=""):
         """A training; its folder is kept, and read if it is there."""
         settings = self.settings(kind, window, seed)
-        text = json.dumps([asdict(settings), name, self.tree], sort_keys=True)
-        code = hashlib.sha256(text.encode()).hexdigest()[:12]
-        folder = self.out / f"part-{name or kind}-{seed}-{code}"
+        own = [asdict(settings), name, self.queries(seed)]
+        folder = self.out / f"part-{name or kind}-{seed}-{row_table.run_name(own)}"
         if not folder.exists():
             begin = time.process_time()
             part = ssan.train(
@@ -159,29 +147,24 @@ class Bench:
         return pattern.Keyframes(part), [pattern.Spd(part, conf=c) for c in CONFS], seconds
 
     def make(self, row, seed):
-        """Trains, tunes and scores a row if it is not there."""
-        file = self.file(row, seed)
-        if file.exists():
-            return
+        """Trains, tunes and scores a row."""
         data = self.data(seed)
         choose, methods, seconds = self.chosen(row, seed, data["train"])
         train = data["train"]
         some = Corpus(train.features, train.pairs[:TUNED], train.boxes[:TUNED])
         tuned = [score(method, choose, some)["f1"] for method in methods]
         best = int(np.nanargmax(tuned))
-        found = {"method": _shown(methods[best]), "tuned f1": tuned[best], "training s": seconds}
+        found = {"method": _settings(methods[best]), "tuned f1": tuned[best], "trained": seconds}
         for test in TESTS:
             own = score(methods[best], choose, data[test])
-            found |= {f"{test} {name}": own[name] for name in ("f1", "precision", "recall")}
-            found |= {name: own[name] for name in ("frames kept", "cells", "ms per pair")}
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(found, indent=1) + "\n")
-        temporary.replace(file)
+            found |= shown(own, test)
+        return found
 
-    def scores(self, row, seed):
-        """The figures of a row, or none where it is not there."""
-        file = self.file(row, seed)
-        return json.loads(file.read_text()) if file.exists() else None
+    def figures(self, row, seed):
+        """The row's figures; made if they are not there."""
+        return row_table.figures(
+            self.out, self.made(row, seed), lambda: self.make(row, seed), dry=self.dry
+        )
 
 
 def _corpus(arrays, name):
@@ -196,8 +179,16 @@ def classical(name, settings):
     return align.with_settings(name, asdict(align.BENCHMARK[name]) | settings)
 
 
-def _shown(method):
-    """Its settings, for the row's file."""
+def shown(own, test):
+    """The figures of ``score`` by column; what is of no test is the last one's."""
+    names = {"F": "f1", "R": "recall", "P": "precision"}
+    found = {f"{short} {test}": 100 * own[name] for short, name in names.items()}
+    found |= {"kept": 100 * own["frames kept"], "cells": 100 * own["cells"]}
+    return found | {"ms": own["ms per pair"]}
+
+
+def _settings(method):
+    """A method's settings, for the row's file."""
     own = {k: v for k, v in vars(method).items() if k in ("conf", "nms")}
     return own or asdict(method)
 
@@ -230,28 +221,13 @@ def score(method, choose, corpus, last=False):
     return figures | {"ms per pair": 1000 * took / len(keys)}
 
 
-def table(bench, rows, seeds):
-    """Mean and standard deviation over the seeds that are there."""
-    lines = [f"| row | seeds | {' | '.join(COLUMNS.values())} |", f"|{'---|' * (len(COLUMNS) + 2)}"]
-    for row in rows:
-        there = [found for seed in seeds if (found := bench.scores(row, seed)) is not None]
-        cells = []
-        for name in COLUMNS:
-            share = 1 if name in ("ms per pair", "training s") else 100
-            values = [share * found[name] for found in there]
-            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.fmean(values):.1f}{spread}" if values else "")
-        lines.append(f"| {row} | {len(there)} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def ends(bench, seeds):
     """F of the classical methods by where segments end, with the settings of their rows."""
     print(
         "| method | seeds | last frame: seen, held out | over: seen, held out |\n|---|---|---|---|"
     )
     for row in ("HV", "TN", "DP", "DTW"):
-        there = {seed: found for seed in seeds if (found := bench.scores(row, seed)) is not None}
+        there = {seed: found for seed in seeds if (found := bench.figures(row, seed)) is not None}
         figures = {last: [] for last in (True, False)}
         for seed, found in there.items():
             data, method = bench.data(seed), align.with_settings(row, found["method"])
@@ -266,27 +242,18 @@ def ends(bench, seeds):
 
 
 def main():
-    """Makes what is missing, seed by seed, so that a cut table still compares all rows."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
+    """Makes what is missing and prints the table."""
+    parser = row_table.arguments(__doc__, SPLITS)
     parser.add_argument("--cache", type=Path, default=Path("runs/clips"), help="of the packages")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--dry-run", action="store_true", help="only show the table")
     parser.add_argument("--ends", action="store_true", help="what the end of segments is worth")
-    args = parser.parse_args()
+    args = row_table.parsed(parser, SPLITS)
     args.cache.mkdir(parents=True, exist_ok=True)
-    bench = Bench(args.out, args.cache.absolute(), args.steps)
+    bench = Bench(args.out, args.cache.absolute(), args.steps, dry=args.dry_run or args.ends)
     if args.ends:
-        return ends(bench, args.seeds)
-    for seed in args.seeds:
-        for row in args.rows:
-            if not args.dry_run:
-                bench.make(row, seed)
-                print(table(bench, args.rows, args.seeds), flush=True)
-    if args.dry_run:
-        print(table(bench, args.rows, args.seeds))
+        ends(bench, args.seeds)
+    else:
+        row_table.walk(args, bench.figures, COLUMNS)
 
 
 if __name__ == "__main__":
