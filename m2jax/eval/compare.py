@@ -25,7 +25,7 @@ import scipy.stats
 from jaxtyping import Float
 
 from m2jax.config import UserError
-from m2jax.data.npz import DAMAGED
+from m2jax.data import npz
 from m2jax.eval import metrics as metrics_lib
 
 FLIPS = 10_000  # where not all are counted: the smallest p-value is 1 in as many
@@ -98,16 +98,14 @@ def _read_examples(path: Path) -> tuple[dict[str, np.ndarray], str]:
     if not path.is_file():
         return {}, ""
     try:
-        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-            if sum(member.file_size for member in file.zip.infolist()) > FILE_BYTES:
-                raise ValueError(f"unpacks to over {FILE_BYTES:,} bytes")
-            rows = {key: file[key] for key in file.files}
+        rows = npz.read(path)
         questions = str(rows.pop(QUESTIONS, ""))
         for key, row in rows.items():
             _check_examples(key, row)
         return rows, questions
-    except DAMAGED as error:
-        raise UserError(f"{path}: damaged ({error}): remove it, or evaluate again") from error
+    except npz.DAMAGED as error:
+        why = npz.reason(error)
+        raise UserError(f"{path}: damaged ({why}): remove it, or evaluate again") from error
 
 
 def _check_examples(key: str, row: Any) -> None:

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 
 from m2jax.cli.main import main
 from m2jax.config import UserError
+from m2jax.data import npz
 from m2jax.eval import compare, figures, metrics, zero_shot
 from m2jax.eval.compare import Saved
+from tests.data.hostile import TERABYTES, archive
 
 
 def saved(figure, questions="q"):
@@ -294,7 +296,8 @@ def test_examples_that_unpack_to_too_much_are_refused(tmp_path, monkeypatch):
     with compare.examples_file(file).open("wb") as out:
         compare.write_examples(out, {"x/a": np.ones((100_000, 1, 2), np.float32)}, "q")
     assert compare.examples_file(file).stat().st_size < 10_000
-    monkeypatch.setattr(compare, "FILE_BYTES", 100_000)
+    monkeypatch.setattr(npz, "UNPACKED_BYTES", 100_000)
+    monkeypatch.setattr(npz, "UNPACKED_TIMES", 1)
     with pytest.raises(UserError, match="unpacks to over 100,000 bytes"):
         compare.read(file)
 
@@ -320,6 +323,9 @@ def test_no_change_of_a_byte_escapes(tmp_path):
     np.save(tmp_path / "x.npy", GOOD)
     path.write_bytes((tmp_path / "x.npy").read_bytes())  # an array where an archive is meant
     with pytest.raises(UserError, match="damaged"):
+        compare.read(file)
+    archive(path, TERABYTES)
+    with pytest.raises(UserError, match=r"examples.npz: damaged \(claims float32 of shape"):
         compare.read(file)
 
 

@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 from m2jax.config import UserError
+from m2jax.data import npz
 from m2jax.data.image import open_image
 from m2jax.data.tars import IMAGE_BYTES, IMAGES, TEXT_BYTES
 from m2jax.eval.sets import records
@@ -181,12 +182,12 @@ def _shown(member: Member, *, multi: bool) -> frozenset[int]:
     try:
         if not multi:
             return frozenset([_natural(data)])
-        row = np.load(io.BytesIO(data), allow_pickle=False)
+        row = npz.read_npy(io.BytesIO(data), len(data))
         if row.ndim != 1 or not np.isin(row, (0, 1)).all():
             raise ValueError("no row of zeros and ones")
         return frozenset(np.flatnonzero(row).tolist())
-    except (ValueError, EOFError, OSError) as error:
-        raise UserError(f"{member.where}: no label ({error}): mend it") from error
+    except npz.DAMAGED as error:
+        raise UserError(f"{member.where}: no label ({npz.reason(error)}): mend it") from error
 
 
 def _natural(data: bytes) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from m2jax.config import UserError
-from m2jax.data.npz import DAMAGED
+from m2jax.data import npz
 
 
 def read(file: Path, beside: str, advice: str) -> tuple[np.ndarray, np.ndarray]:
@@ -20,11 +20,12 @@ def read(file: Path, beside: str, advice: str) -> tuple[np.ndarray, np.ndarray]:
         advice: what to do when the file is none; ends the message.
 
     Raises:
-        UserError: missing, damaged, holding objects, or without one of the two.
+        UserError: missing, damaged, holding objects, claiming more than it holds, or without one
+            of the two.
     """
     try:
-        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as held:
-            return held["features"], held[beside]
-    except DAMAGED as error:
-        why = str(error) or type(error).__name__
-        raise UserError(f"{file}: no features and {beside} in it ({why:.120}): {advice}") from error
+        held = npz.read(file, "features", beside)
+    except npz.DAMAGED as error:
+        why = npz.reason(error)
+        raise UserError(f"{file}: no features and {beside} in it ({why}): {advice}") from error
+    return held["features"], held[beside]

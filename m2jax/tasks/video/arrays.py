@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from m2jax.config import UserError
+from m2jax.data import npz
 from m2jax.tasks.video import maps
 from m2jax.tasks.video.maps import Map
 
@@ -19,17 +20,16 @@ def read_array(path: Path, what: str, axes: int = 2) -> np.ndarray:
     """The finite numbers of an .npy file: [rows, columns], or in one row.
 
     Raises:
-        UserError: missing, damaged, holding objects, or not such an array.
+        UserError: missing, damaged, holding objects, claiming more than it holds, or not such an
+            array.
     """
     try:
-        found = np.load(path, allow_pickle=False)
+        with path.open("rb") as opened:
+            found = npz.read_npy(opened, path.stat().st_size)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}: check the path") from None
-    except (ValueError, EOFError, MemoryError, TypeError, SyntaxError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: no NumPy array ({reason:.120}): write it anew") from None
-    if not isinstance(found, np.ndarray):
-        raise UserError(f"{path}: several arrays: write one .npy per file")
+    except npz.DAMAGED as error:
+        raise UserError(f"{path}: no NumPy array ({npz.reason(error)}): write it anew") from None
     if axes == 2:
         return maps.checked(found, f"{path}: {what}")
     if found.ndim != 1 or not found.size or found.dtype.kind not in "iu":

@@ -14,6 +14,7 @@ from m2jax.config import UserError
 from m2jax.eval import sets
 from m2jax.eval.sets import names, records
 from m2jax.eval.sets.records import Asked, Captioned, Labelled, Place
+from tests.data.hostile import TERABYTES
 from tests.eval.pictures import save
 
 
@@ -186,6 +187,7 @@ def test_benchmark_folders_of_each_type(tmp_path):
         ({"a.png": b"x", "a.cls": b"7"}, "a class past the 2 named"),
         ({"a.png": b"x", "a.npy": array(0, 2)}, "no row of zeros and ones"),
         ({"a.png": b"x", "a.npy": array(object())[:80]}, "no label"),
+        ({"a.png": b"x", "a.npy": TERABYTES}, "no label \\(claims float32"),
         ({"a.png": b"x", "a.txt": b"\xff"}, "not UTF-8"),
         ({"a.png": b"x", "a.txt": b"\n"}, "no caption"),
     ],

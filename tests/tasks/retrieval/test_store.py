@@ -14,6 +14,7 @@ from m2jax.config import UserError
 from m2jax.tasks.retrieval import backfill as backfill_lib
 from m2jax.tasks.retrieval.backfill import backfill, contents, expected, read_features
 from m2jax.tasks.retrieval.store import Store
+from tests.data.hostile import TERABYTES, archive
 from tests.tasks.retrieval.databases import models, write_npz
 
 pytest.importorskip("pymilvus")
@@ -218,9 +219,10 @@ def test_damaged_files_are_refused_in_one_line(tmp_path):
     changed = bytearray(whole)
     changed[120:124] = b"\xff\x00\xff\x55"
     parts = {"empty": b"", "cut": whole[: len(whole) // 2], "changed": bytes(changed)}
+    archive(tmp_path / "huge.npz", TERABYTES, TERABYTES)
     for name, body in parts.items():
         (tmp_path / f"{name}.npz").write_bytes(body)
-    for name in (*(f"{part}.npz" for part in parts), "one.npy", "missing.npz"):
+    for name in (*(f"{part}.npz" for part in parts), "huge.npz", "one.npy", "missing.npz"):
         with pytest.raises(UserError, match=rf"{name}: no features and ids in it") as error:
             read_features([tmp_path / name])
         assert "\n" not in str(error.value)

@@ -10,6 +10,7 @@ import pytest
 
 from m2jax.cli.main import main
 from m2jax.tasks.video import align, arrays
+from tests.data.hostile import TERABYTES
 
 
 @pytest.fixture
@@ -68,6 +69,7 @@ def saved(values):
         (b"\x93NUMPY", "no NumPy array"),
         (saved(np.eye(3, dtype=np.float32))[:-9], "no NumPy array"),
         (saved(np.array([{}, 1], object)), "no NumPy array"),
+        (TERABYTES, r"no NumPy array \(claims float32 of shape \(1048576, 1048576\) in 64 bytes"),
         (saved(np.full((2, 64), np.nan)), "features: holds nan"),
         (saved(np.zeros((0, 64))), r"of shape \(0, 64\)"),
         (saved(np.eye(4) * 3), "row 0 has length 3: divide"),
