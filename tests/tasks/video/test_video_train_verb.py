@@ -9,7 +9,6 @@ import pytest
 from m2jax.cli.main import main
 from m2jax.tasks.video import arrays, features, library, saved, vectors
 from tests.tasks.video import clips
-from tests.tasks.video.test_library import pixels
 
 # milvus-lite's server leaves sockets and threads to the garbage collector.
 pytestmark = [
@@ -139,18 +138,6 @@ def test_nothing_is_written_over(parts, capsys):
 def milvus(tmp_path_factory):
     """Loads it while no test's own capture is on: it keeps the stderr that it finds at first."""
     vectors.Vectors(str(tmp_path_factory.mktemp("milvus") / "first.db")).close()
-
-
-@pytest.fixture(scope="module")
-def tower():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(features.Encoder, "_encode", pixels)
-        yield
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return clips.write_model(tmp_path_factory.mktemp("model") / "m")
 
 
 @pytest.fixture(scope="module")
