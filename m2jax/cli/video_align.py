@@ -74,6 +74,9 @@ def run(args: argparse.Namespace) -> int:
             "ssan, or of spd with --window"
         )
     choose = pattern.Keyframes(part) if part is not None and part.settings.window > 1 else None
+    pattern.check_windows(
+        trained, choose, f"--detector {args.detector}", f"--keyframes {args.keyframes} keeps"
+    )
     if choose is not None and args.maps:
         raise UserError(
             "--maps: keyframes are chosen by features: pass --features, or a detector that was "

@@ -37,6 +37,13 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--raw", action="store_true", help="cosines as they are, the library's background not at 0"
     )
+    parser.add_argument(
+        "--background",
+        type=float,
+        metavar="COSINE",
+        help="that unrelated frames seldom exceed, as library.json of a library of several videos "
+        "has it for its model (default: the library's own; one video alone has none)",
+    )
     parser.add_argument("--leave-out", default="", metavar="NAME", help="a video not looked at")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the matches here")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page of them here")
@@ -45,6 +52,8 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Searches, prints, writes."""
+    import sys
+
     from m2jax.config import UserError
     from m2jax.dist.host import load_devices
     from m2jax.tasks.video import decode, features, library, page, pattern, saved, search
@@ -55,6 +64,10 @@ def run(args: argparse.Namespace) -> int:
     for flag, path in (("--json", args.json), ("--html", args.html)):
         if path:
             files.check_parent(path, flag)
+    if args.background is not None and (args.raw or not 0 <= args.background < 1):
+        raise UserError(
+            f"--background {args.background}: choose 0 to below 1, and not beside --raw"
+        )
     decode.check()
     stored = library.load(args.index)  # before the model: a wrong folder is said at once
     names = [video.name for video in stored.videos]
@@ -67,16 +80,15 @@ def run(args: argparse.Namespace) -> int:
     trained = saved.read(args.detector) if args.detector else None
     method = pattern.chosen(args.method, args.set, trained)
     choose = library.load_keyframes(args.index, stored)
-    window = choose.part.settings.window if choose else 1
-    if trained is not None and trained.settings.window != window:
-        raise UserError(
-            f"--detector {args.detector}: was trained on one frame of {trained.settings.window}, "
-            f"the library holds one of {window}: train one with --window {window}"
-        )
+    pattern.check_windows(trained, choose, f"--detector {args.detector}", "the library holds")
     if not args.query.is_file():
         raise UserError(f"--query {args.query}: no such file: check the path")
     encoder = features.Encoder(args.model)
     found = library.load(args.index, encoder.identity)
+    if args.background is not None:
+        found.background = args.background
+    elif len(found.videos) == 1 and not args.raw:
+        print(f"warning: --index {args.index}: {library.ALONE}", file=sys.stderr)
     frames = encoder.video(args.query, found.rate)
     index = library.open_index(args.index, found)
     try:

@@ -40,6 +40,10 @@ FORMAT = 1
 ANN = (*KINDS, scan.KIND)  # how stored frames are searched
 PAIRS = 4096  # of frames of different videos whose cosines tell what is ordinary
 ORDINARY = 0.95  # share of such pairs below the background
+ALONE = (
+    "one video tells no background, and what is like it by its kind alone is taken for a copy: "
+    "index others beside it, or search with --background COSINE"
+)
 
 
 @dataclass
@@ -65,7 +69,7 @@ class Library:
     uri: str  # of a cluster; "": the file beside
     videos: list[Video] = field(default_factory=list)
     keyframes: str = ""  # fingerprint of what chose them; "": all frames are stored
-    background: float = 0.0  # cosine that unrelated frames seldom exceed
+    background: float = 0.0  # cosine that unrelated frames seldom exceed; 0 for one video alone
     own: str = ""  # in the name of its collection on a cluster
     format: int = FORMAT
 
@@ -163,6 +167,8 @@ def build(
     fresh = [number for number, video in enumerate(library.videos) if not video.stored]
     if fresh:
         _store(out, library, fresh)
+    if len(library.videos) == 1:
+        say(f"warning: {out}: {ALONE}")
     return Done(len(fresh), frames, len(skipped))
 
 
@@ -347,7 +353,8 @@ def _background(out: Path, library: Library) -> float:
     """The cosine that 95 % of random pairs of frames of different videos stay below (our choice).
 
     Towers that were not trained to tell copies have high cosines everywhere; thresholds are meant
-    for maps on which unrelated frames lie around 0.
+    for maps on which unrelated frames lie around 0. One video alone tells nothing: frames of one
+    scene are far more alike than unrelated ones.
     """
     rng = np.random.default_rng(0)
     count = len(library.videos)

@@ -211,6 +211,26 @@ def chosen(name: str, words: Sequence[str], trained: Part | None) -> Aligner:
     return Spd(trained, **settings)
 
 
+def check_windows(detector: Part | None, choose: Keyframes | None, flag: str, holder: str) -> None:
+    """Whether a detector meets maps like those it was trained on: of one frame in as many.
+
+    Args:
+        detector: if there is one.
+        choose: the keyframes of the maps; none: all frames.
+        flag: what the error calls the detector.
+        holder: what it says before the maps' number.
+
+    Raises:
+        UserError: it does not.
+    """
+    window = choose.part.settings.window if choose else 1
+    if detector is not None and detector.settings.window != window:
+        raise UserError(
+            f"{flag}: was trained on one frame of {detector.settings.window}, {holder} one of "
+            f"{window}: train one with --window {window}"
+        )
+
+
 def spans_of_features(
     method: Aligner,
     choose: Keyframes,

@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from m2jax.tasks.video.ssan import Part, Settings, new_detector, new_scorer
 
 LAYOUT = Layout("video", "m2jax video train")
 WIDEST = 2**16  # numbers of a feature
+KNOWN = {each.name for each in fields(Settings)}
 
 
 def write(directory: Path, part: Part) -> None:
@@ -46,9 +47,13 @@ def read(directory: Path) -> Part:
     """The folder of ``write``; checked, as it may come from anywhere.
 
     Raises:
-        UserError: no such folder, another format, or numbers that do not fit together.
+        UserError: no such folder, one of another version, or numbers that do not fit together.
     """
     card, tensors = part_folder.read(directory, LAYOUT)
+    given = card.get("settings")
+    others = set(given) - KNOWN if isinstance(given, dict) else set()
+    if others:
+        raise _of_another_version(directory, f"has the setting {min(others):.80}")
     try:
         settings, dim, parts = Settings(**card["settings"]), card["dim"], card["parts"]
         if not isinstance(dim, int) or not 0 < dim <= WIDEST:
@@ -62,10 +67,13 @@ def read(directory: Path) -> Part:
         "detector": lambda: new_detector(settings),
         "scorer": lambda: new_scorer(settings, dim),
     }
-    found = {name: _filled(directory, name, makers[name], tensors) for name in parts}
-    lost = set(tensors) - {key for name in found for key in _flat(name, found[name])}
-    if lost:
-        raise UserError(f"{directory}: damaged (unknown tensor {min(lost):.80}): copy it again")
+    empty = {name: nnx.split(nnx.eval_shape(makers[name]))[1] for name in parts}
+    # A file of tensors that is cut is not read at all: other names are no damage.
+    wanted = {_key(name, path) for name in parts for path, _ in nnx.to_flat_state(empty[name])}
+    if wanted != set(tensors):
+        key = min(wanted ^ set(tensors))
+        raise _of_another_version(directory, f"{'lacks' if key in wanted else 'has'} {key:.80}")
+    found = {name: _filled(directory, name, empty[name], tensors) for name in parts}
     return Part(settings, dim, found.get("detector"), found.get("scorer"), model, report)
 
 
@@ -81,20 +89,27 @@ def _flat(name: str, state: Any) -> dict[str, Any]:
     """Arrays of a state by their path, with the part's name in front."""
     if state is None:
         return {}
-    return {
-        f"{name}.{'.'.join(map(str, path))}": value[...] for path, value in nnx.to_flat_state(state)
-    }
+    return {_key(name, path): value[...] for path, value in nnx.to_flat_state(state)}
 
 
-def _filled(directory: Path, name: str, make: Any, tensors: Mapping[str, np.ndarray]) -> Any:
+def _key(name: str, path: Sequence[Any]) -> str:
+    return f"{name}.{'.'.join(map(str, path))}"
+
+
+def _of_another_version(directory: Path, what: str) -> UserError:
+    return UserError(
+        f"{directory}: made by another version of m2jax ({what}): train it anew with "
+        f"{LAYOUT.maker}, and index anew what it chose"
+    )
+
+
+def _filled(directory: Path, name: str, state: Any, tensors: Mapping[str, np.ndarray]) -> Any:
     """The state of a module, its shapes those that its settings give."""
-    _, state = nnx.split(nnx.eval_shape(make))
-    flat = nnx.to_flat_state(state)
     values = []
-    for path, wanted in flat:
-        key = f"{name}.{'.'.join(map(str, path))}"
-        value = tensors.get(key)
-        if value is None or value.shape != wanted.shape or value.dtype != np.float32:
+    for path, wanted in nnx.to_flat_state(state):
+        key = _key(name, path)
+        value = tensors[key]
+        if value.shape != wanted.shape or value.dtype != np.float32:
             raise UserError(
                 f"{directory}: damaged ({key} does not fit its settings): copy it again"
             )

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file, save_file
 
 from m2jax.config import UserError
 from m2jax.tasks.video import examples, keyframes, patches, pattern, saved, ssan
@@ -180,10 +181,12 @@ def test_parts_come_back_from_their_folder(part, tmp_path):
     ("change", "message"),
     [
         ({"settings": {"size": 33}}, "multiple of 16"),
-        ({"settings": {"nonsense": 1}}, "nonsense"),
+        ({"settings": {"nonsense": 1}}, "another version of m2jax \\(has the setting nonsense"),
+        ({"settings": 5}, "damaged"),
+        ({"settings": [{}]}, "damaged"),
         ({"parts": []}, r"parts \[\]"),
         ({"parts": ["detector", "other"]}, "other"),
-        ({"parts": ["detector"]}, "unknown tensor scorer"),
+        ({"parts": ["detector"]}, "another version of m2jax \\(has scorer"),
         ({"dim": 16}, "does not fit"),
         ({"dim": -1}, "dim -1"),
         ({"settings": {"size": 32, "width": 8}}, "does not fit"),
@@ -195,6 +198,18 @@ def test_damaged_folders_are_refused(part, tmp_path, change, message):
     saved.write(tmp_path / "p", part)
     card = json.loads((tmp_path / "p" / "video.json").read_text())
     (tmp_path / "p" / "video.json").write_text(json.dumps(card | change))
+    with pytest.raises(UserError, match=message):
+        saved.read(tmp_path / "p")
+
+
+def test_a_folder_of_another_version_is_not_called_damaged(part, tmp_path):
+    """Extractors had no ``place`` at first."""
+    saved.write(tmp_path / "p", part)
+    file = tmp_path / "p" / "video.safetensors"
+    tensors = load_file(file)
+    del tensors["scorer.place"]
+    save_file(tensors, file)
+    message = r"p: made by another version of m2jax \(lacks scorer\.place\): train it anew"
     with pytest.raises(UserError, match=message):
         saved.read(tmp_path / "p")
 

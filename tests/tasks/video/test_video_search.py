@@ -33,10 +33,12 @@ def test_the_command_finds_the_copies(model, videos, indexed, tmp_path, capsys, 
         mine = [match for match in matches if match.video == name]
         assert any(near(match, truth, SLACK[method]) for match in mine), matches
     assert document["seconds"] == 42
+    said = capsys.readouterr()
+    assert "copied segments" in said.out
+    assert "no background" not in said.err
     text = (tmp_path / "page.html").read_text()
     assert text.count("data:image/jpeg;base64,") >= 20
     assert "http" not in text.replace("http-equiv", "")  # self-contained
-    assert "copied segments" in capsys.readouterr().out
 
 
 def test_sparse_maps_find_them_too(encoder, videos, indexed):
@@ -68,6 +70,33 @@ def test_sparse_maps_find_them_too(encoder, videos, indexed):
     names = [found.videos[n].name for n in hits.video[10:24, 0]]
     assert names == ["a.mp4"] * 14
     assert hits.frame[10:24, 0].tolist() == [*range(5, 19)]
+
+
+def test_one_video_tells_no_background(model, videos, indexed, tmp_path, capsys):
+    """Without one what is no copy is found too; with that of a larger library it is not."""
+    clip, out, found = videos / "library" / "a.mp4", tmp_path / "lib", tmp_path / "found.json"
+    words = ["video", "index", "--model", model, "--videos", str(clip), "--ann", "scan"]
+    assert main([*words, "--out", str(out)]) == 0
+    assert "lib: one video tells no background" in capsys.readouterr().err
+    words = ["video", "search", "--model", model, "--index", str(out), "--full-maps"]
+    words += ["--query", str(videos / "query.mp4"), "--json", str(found)]
+
+    def match(*more):
+        assert main([*words, *more]) == 0
+        (one,) = json.loads(found.read_text())["matches"]
+        return search.Match(**one), "one video tells no background" in capsys.readouterr().err
+
+    more, warned = match()
+    assert not near(more, TRUTH["a.mp4"], SLACK["TN"])
+    assert warned
+    assert match("--raw") == (more, False)
+    assert match("--background", "0") == (more, False)
+    one, warned = match("--background", str(library.load(indexed).background))
+    assert near(one, TRUTH["a.mp4"], SLACK["TN"])
+    assert not warned
+    for wrong in (["--background", "1"], ["--background", "-0.1"], ["--background", "0", "--raw"]):
+        assert main([*words, *wrong]) == 2
+        assert "choose 0 to below 1, and not beside --raw" in capsys.readouterr().err
 
 
 def test_a_scan_finds_what_milvus_finds(encoder, videos, indexed, tmp_path, monkeypatch):

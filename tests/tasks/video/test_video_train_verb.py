@@ -95,6 +95,10 @@ def test_the_detector_aligns(labelled, parts, tmp_path, capsys):
     words = ["--method", "DP", "--keyframes", parts / "spd"]
     assert align(labelled, tmp_path / "c.json", *words) == (2, None)
     assert "was trained on all frames" in capsys.readouterr().err
+    words = ["--method", "spd", "--detector", parts / "spd", "--keyframes", parts / "ske"]
+    assert align(labelled, tmp_path / "c.json", *words) == (2, None)
+    said = f"was trained on one frame of 1, --keyframes {parts / 'ske'} keeps one of 4: train one"
+    assert said in capsys.readouterr().err
 
 
 def test_classical_methods_align_keyframes_too(labelled, parts, tmp_path):
