@@ -23,7 +23,7 @@ DEFAULT_URI = "milvus.db"  # an embedded database in a folder of that name
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,254}")  # of a collection, by Milvus's rule
 VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # goes into filters: no quotes
 ID_BYTES = 512
-PAGE = 16_000  # items of a page; a cluster gives at most 16,384
+PAGE = 16_000  # items of one answer; a cluster gives at most 16,384
 FIELDS = ("id", "version", "vector")
 
 
@@ -116,14 +116,18 @@ class Store(Collection):
     def read(self, ids: Sequence[str]) -> dict[str, Row]:
         """Those of the named items that are there."""
         self.load()
-        # pymilvus' own ``get`` puts ids between quotes as they are, and paths may have quotes.
-        where = f"id in [{', '.join(json.dumps(name, ensure_ascii=False) for name in ids)}]"
-        rows = self.patiently(
-            lambda: self.client.query(
-                self.name, where, output_fields=[*FIELDS], consistency_level="Strong"
+        found: dict[str, Row] = {}
+        for first in range(0, len(ids), PAGE):
+            # pymilvus' own ``get`` puts ids between quotes as they are, and paths may have quotes.
+            names = [json.dumps(name, ensure_ascii=False) for name in ids[first : first + PAGE]]
+            where = f"id in [{', '.join(names)}]"
+            rows = self.patiently(
+                lambda where=where: self.client.query(
+                    self.name, where, output_fields=[*FIELDS], consistency_level="Strong"
+                )
             )
-        )
-        return {row["id"]: _row(row) for row in rows}
+            found |= {row["id"]: _row(row) for row in rows}
+        return found
 
     def rows(self, *, batch: int = PAGE) -> Iterator[Row]:
         """Every stored item; the embedded database goes through all of them for each page."""

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A real embedded Milvus: mixed versions, backfills that are cut off, what is refused."""
 
+import json
 import os
 import signal
 import subprocess
@@ -130,6 +131,27 @@ def test_older_vectors_over_newer_ones_are_told_of(store):
 )
 def test_versions_are_compared_by_their_numbers(version, other, older):
     assert backfill_lib.is_older(version, other) is older
+
+
+def test_more_items_than_a_cluster_answers_at_once(store, monkeypatch):
+    """The embedded database answers any number; a cluster refuses more than 16,384."""
+    from pymilvus.exceptions import MilvusException
+
+    real, asked = store.client.query, []
+
+    def query(name, where, **others):
+        asked.append(len(json.loads(where.removeprefix("id in "))))
+        if asked[-1] > 16_384:
+            raise MilvusException(message="should be in range [1, 16384]")
+        return real(name, where, **others)
+
+    monkeypatch.setattr(store.client, "query", query)
+    many, _ = models(n=16_500, dim=2)
+    store.create(2)
+    assert backfill(store, many, "v1", batch=16_500)[1:] == (16_500, 0, 0)
+    assert backfill(store, many, "v1", batch=16_500)[1:] == (0, 0, 16_500)
+    assert sum(asked) == 2 * 16_500
+    assert store.read([]) == {}
 
 
 def test_ids_may_have_quotes(store):
