@@ -121,12 +121,13 @@ def train(args: argparse.Namespace) -> int:
     from m2jax.checkpoint.folder import check_absent
     from m2jax.config import UserError
     from m2jax.dist.host import load_devices
-    from m2jax.tasks.labels import corpus, features, saved, thresholds, vocabulary
+    from m2jax.tasks.labels import corpus, features, mentions, saved, thresholds, vocabulary
     from m2jax.tasks.labels import train as train_lib
     from m2jax.tasks.labels.adapter import SIGMA, Settings
 
     check_absent(args.out)
     words = vocabulary.read(args.labels)
+    mentions.Finder(words, f"--labels {args.labels}")  # refuses names before the model is loaded
     languages = train_lib.languages_of(words, [x for x in args.languages.split(",") if x])
     if args.sentences and args.sentences < 2:
         raise UserError(f"--sentences {args.sentences}: must be at least 2")

@@ -12,6 +12,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from m2jax.config import UserError
 from m2jax.tasks.labels.vocabulary import Vocabulary
 
 _WORD = re.compile(r"[^\W_]+")
@@ -23,28 +24,48 @@ _IRREGULAR = {
 
 
 class Finder:
-    """Finds labels of a vocabulary; its time is the sentence's length, not the number of labels."""
+    """Finds labels of a vocabulary; its time is the sentence's length, not the number of labels.
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
+    Args:
+        vocabulary: the labels.
+        where: what errors call their source.
+
+    Raises:
+        UserError: names of two labels differ in spaces or punctuation alone, which sentences are
+            read without (``hot dog`` and ``hot-dog``): none could name one and not the other.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, where: str = "labels") -> None:
         self._english: dict[tuple[str, ...], int] = {}
         self._chinese: dict[tuple[str, ...], int] = {}
+        written: dict[tuple[str, ...], str] = {}
         for label, names in enumerate(vocabulary.names):
-            for name in names.get("en", ()):
-                self._english[tuple(words(name))] = label
-            for name in names.get("zh", ()):
-                self._chinese[tuple(_clean(name).replace(" ", ""))] = label
+            for language, places in (("en", self._english), ("zh", self._chinese)):
+                for name in names.get(language, ()):
+                    units = tuple(words(name) if language == "en" else _letters(name))
+                    if places.setdefault(units, label) != label:
+                        raise UserError(
+                            f"{where}: {written[units]:.60} and {name:.60} differ in spaces or "
+                            "punctuation alone, which sentences are read without: write them as "
+                            f"one label ({written[units]:.60}|{name:.60}), or rename one"
+                        )
+                    written[units] = name
 
     def __call__(self, sentence: str, language: str) -> frozenset[int]:
         """Labels that a sentence of a language names."""
         if language == "zh":
-            letters = list(_clean(sentence).replace(" ", ""))  # as the names are
-            return frozenset(_longest(letters, self._chinese, lambda units: [units]))
+            return frozenset(_longest(_letters(sentence), self._chinese, lambda units: [units]))
         return frozenset(_longest(words(sentence), self._english, _singular))
 
 
 def words(text: str) -> list[str]:
     """Words in lower case, apart from punctuation."""
     return _WORD.findall(_clean(text))
+
+
+def _letters(text: str) -> list[str]:
+    """Of Chinese, which has no spaces."""
+    return list(_clean(text).replace(" ", ""))
 
 
 def _longest(

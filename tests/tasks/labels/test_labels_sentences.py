@@ -109,6 +109,27 @@ def test_a_chinese_name_with_a_space_is_found_in_its_own_sentence():
     assert corpus.offline(corpus.Order(words, ("zh",), 40)).report["never_named"] == []
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"en": ["hot dog"]}, {"en": ["hot-dog"]}),
+        ({"en": ["frank", "hot dog"]}, {"en": ["sausage", "Hot_Dog!"]}),
+        ({"zh": ["T恤"]}, {"zh": ["T 恤"]}),
+    ],
+)
+def test_names_that_a_sentence_cannot_tell_apart_are_refused(one, other):
+    words = vocabulary.checked([{"en": ["cat"], "zh": ["猫"]}, one, other])
+    with pytest.raises(UserError, match=r"labels: .* differ in spaces or punctuation") as error:
+        Finder(words)
+    names = [names[-1] for row in (one, other) for names in row.values()]
+    assert "({}|{})".format(*names) in str(error.value)
+    together = {lang: [*own, *other[lang]] for lang, own in one.items()}
+    found = Finder(vocabulary.checked([{"en": ["cat"], "zh": ["猫"]}, together]))
+    (language,) = one
+    assert all(found(f"a {name}", language) == {1} for name in names)
+    assert found("hotdog", "en") == set()  # a word of its own
+
+
 def test_ten_thousand_labels_are_looked_up_and_not_gone_through():
     rng = np.random.default_rng(0)
     names = sorted({"".join(rng.choice(list("abcdefgh"), 8)) for _ in range(10_000)})

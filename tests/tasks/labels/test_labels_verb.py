@@ -137,6 +137,7 @@ def test_class_prompts_are_the_same_in_chunks(model):
         ("", [], "holds no label"),
         ("dog\ndog\n", [], "is a name of line 1 too"),
         ("dog\n狗\n", [], "means 'dog'"),
+        ("hot dog\nhot-dog\n", [], "--labels labels.txt: hot dog and hot-dog differ in spaces or"),
         ("red\nblue\n", ["--languages", "zh"], "'red' has no name in it"),
         ("red\nblue\n", ["--languages", "fr"], "use en or zh"),
         ("red\n蓝\n", [], "none common"),
