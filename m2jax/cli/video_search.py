@@ -58,16 +58,7 @@ def run(args: argparse.Namespace) -> int:
     from m2jax.dist.host import load_devices
     from m2jax.tasks.video import decode, features, library, page, pattern, saved, search
 
-    for flag, value in (("--candidates", args.candidates), ("--nearest", args.nearest)):
-        if not 1 <= value <= 1000:
-            raise UserError(f"{flag} {value}: choose 1 to 1,000")
-    for flag, path in (("--json", args.json), ("--html", args.html)):
-        if path:
-            files.check_parent(path, flag)
-    if args.background is not None and (args.raw or not 0 <= args.background < 1):
-        raise UserError(
-            f"--background {args.background}: choose 0 to below 1, and not beside --raw"
-        )
+    _check(args)
     decode.check()
     stored = library.load(args.index)  # before the model: a wrong folder is said at once
     names = [video.name for video in stored.videos]
@@ -122,3 +113,19 @@ def run(args: argparse.Namespace) -> int:
         )
     print(f"{args.query}: {len(matches)} copied segments")
     return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuses words before any work is done."""
+    from m2jax.config import UserError
+
+    for flag, value in (("--candidates", args.candidates), ("--nearest", args.nearest)):
+        if not 1 <= value <= 1000:
+            raise UserError(f"{flag} {value}: choose 1 to 1,000")
+    for flag, path in (("--json", args.json), ("--html", args.html)):
+        if path:
+            files.check_parent(path, flag)
+    if args.background is not None and (args.raw or not 0 <= args.background < 1):
+        raise UserError(
+            f"--background {args.background}: choose 0 to below 1, and not beside --raw"
+        )

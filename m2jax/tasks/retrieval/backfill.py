@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from m2jax.config import UserError
-from m2jax.tasks.retrieval import npz
+from m2jax.data import npz
 from m2jax.tasks.retrieval.store import ID_BYTES, Store, checked_version
 from m2jax.tasks.vectors import TINY, unit
 
@@ -65,7 +65,7 @@ def shards(files: Iterable[Path]) -> Iterator[Features]:
     seen: set[str] = set()
     dim = 0
     for file in files:
-        vectors, names = npz.read(file, "ids", "make it with m2jax embed")
+        vectors, names = _arrays(file)
         if vectors.ndim != 2 or names.shape != vectors.shape[:1] or not vectors.size:
             raise UserError(
                 f"{file}: features {vectors.shape} and ids {names.shape} do not fit: give "
@@ -86,6 +86,18 @@ def shards(files: Iterable[Path]) -> Iterator[Features]:
         ids = [str(name) for name in names]
         _check_ids(ids, seen)
         yield Features(ids, vectors)
+
+
+def _arrays(file: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Features and ids as a file has them, of any shape."""
+    try:
+        held = npz.read(file, "features", "ids")
+    except npz.DAMAGED as error:
+        why = npz.reason(error)
+        raise UserError(
+            f"{file}: no features and ids in it ({why}): make it with m2jax embed"
+        ) from error
+    return held["features"], held["ids"]
 
 
 def read_features(files: Iterable[Path]) -> Features:
