@@ -11,8 +11,9 @@ from m2jax.config import as_config_dict
 
 # Machine -> devices per mesh axis, rows per chip and step, what the backward pass recomputes,
 # layers per iteration of the scan. Weights lie over 4 neighbouring chips (the 8 GPUs of a host) and
-# are gathered layer by layer. On v5p and GPUs every layer is written out and keeps its activations: by the plan, on v5p a third
-# less compute by the plan, for three minutes of compiling; v6e's compiler takes fifteen for it.
+# are gathered layer by layer. On v5p and on GPUs every layer is written out and keeps its
+# activations: by the plan a third less compute on v5p, and on GPUs, with cuDNN's attention, half;
+# for one to three minutes of compiling. v6e's compiler takes fifteen for it.
 MACHINES = {
     "v5p-128": ({"data": 32, "fsdp": 4}, 256, "none", 24),  # 4x4x8
     "v5p-512": ({"data": 128, "fsdp": 4}, 64, "none", 24),  # 8x8x8
