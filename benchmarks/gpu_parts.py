@@ -3,7 +3,9 @@
 
 from typing import NamedTuple
 
-SHIPPED = {"size": "1b", "batch": 512, "remat": "products"}
+# What the configs for GPUs set: the least bytes moved of all programs compiled (gpu.md).
+FAST = {"attention": "cudnn", "unroll": 24, "fused_qkv": False}
+SHIPPED = {"size": "1b", "batch": 256, "remat": "none", **FAST}
 NO_COMMAND_BUFFERS = "--xla_gpu_enable_command_buffer="
 
 
@@ -36,6 +38,7 @@ def encoding(size: str, rows: dict[str, int], *variants: dict) -> tuple[dict, ..
 
 
 SIZES = ("size", "batch", "pairs", "tile")  # of a case: they change no path
+ENCODE_FAST = {"attention": "cudnn", "fused_qkv": False}
 EIGHT_BITS = ({}, {"products": "int8"}, {"products": "fp8"})
 STEP, PEER, HUGGING_FACE = "gpu_step:steps", "gpu_torch:peers", "gpu_hf:peers"
 TORCH = ("torch",)
@@ -46,14 +49,11 @@ PARTS = (
     )),
     Part("train 1b", STEP, 130, training(
         "1b",
-        {"batch": 512, "remat": "products", "attention": "batch"},
-        {"batch": 512, "remat": "products", "attention": "cudnn"},
-        {"batch": 256, "remat": "none", "attention": "batch"},
-        {"batch": 256, "remat": "none", "attention": "cudnn"},
-        {"batch": 512, "remat": "products", "attention": "xla"},
+        {"batch": 256, "remat": "none", **FAST},
+        {"batch": 512, "remat": "none", **FAST},
         {"batch": 512, "remat": "products", "attention": "cudnn", "fused_qkv": False},
-        {"batch": 512, "remat": "attention", "attention": "cudnn"},
-        {"batch": 512, "remat": "full", "attention": "cudnn"},
+        {"batch": 512, "remat": "products", "attention": "batch"},
+        {"batch": 512, "remat": "products", **FAST},
     )),
     Part("torch train 1b", PEER, 90, training(
         "1b",
@@ -71,18 +71,17 @@ PARTS = (
         {"pairs": 131_072, "impl": "chunked", "tile": 4096, "wire": "bfloat16"},
         {"pairs": 1_048_576, "impl": "chunked", "tile": 4096, "wire": "bfloat16"},
     )),
-    Part("kernels 1b", "gpu_trace:traces", 60, ({**SHIPPED, "attention": "batch"},),
-         NO_COMMAND_BUFFERS),
+    Part("kernels 1b", "gpu_trace:traces", 60, (SHIPPED,), NO_COMMAND_BUFFERS),
     Part("encode 1b", "gpu_encode:encodings", 60,
-         encoding("1b", {"image": 512, "text": 2048}, *EIGHT_BITS, {"attention": "cudnn"})),
+         encoding("1b", {"image": 512, "text": 2048}, *EIGHT_BITS, ENCODE_FAST)),
     Part("train 10b-slice", STEP, 90, training(
         "10b-slice",
+        {"batch": 128, "remat": "attention", "attention": "cudnn", "fused_qkv": False},
+        {"batch": 128, "remat": "products", "attention": "cudnn", "fused_qkv": False},
         {"batch": 128, "remat": "attention", "attention": "batch"},
-        {"batch": 128, "remat": "attention", "attention": "cudnn"},
-        {"batch": 256, "remat": "full", "attention": "batch"},
     )),
     Part("encode 10b", "gpu_encode:encodings", 90,
-         encoding("10b", {"image": 256, "text": 1024}, *EIGHT_BITS)),
+         encoding("10b", {"image": 256, "text": 1024}, *EIGHT_BITS, ENCODE_FAST)),
     Part("torch loss", PEER, 60, tuple({"kind": "loss", **case} for case in (
         {"form": "tiles", "pairs": 262_144, "tile": 4096},
         {"form": "whole", "pairs": 32_768},
@@ -105,37 +104,45 @@ PARTS = (
         stream="bfloat16", kind="train",
     ), needs=TORCH),
     Part("train 1b sycoca", STEP, 80, training(
-        "1b", {"attention": "batch"}, {"attention": "cudnn"},
+        "1b", FAST, {"attention": "batch"},
         batch=256, remat="products", objectives="itc+ic+tg-mim",
     )),
     Part("train 0.4b", STEP, 80, training(
         "0.4b",
+        {"batch": 512, "remat": "none", **FAST},
+        {"batch": 1024, "remat": "none", **FAST},
         {"batch": 1024, "remat": "products", "attention": "batch"},
-        {"batch": 1024, "remat": "products", "attention": "cudnn"},
-        {"batch": 512, "remat": "none", "attention": "cudnn"},
-        {"batch": 256, "remat": "none", "attention": "cudnn"},
-        {"batch": 512, "remat": "none", "attention": "cudnn", "unroll": 12},
+        {"batch": 256, "remat": "none", **FAST},
     )),
     Part("torch train 0.4b", PEER, 120, training(
         "0.4b", {}, {"compile": "model"}, batch=512, stream="bfloat16", kind="train"
     ), needs=TORCH),
     Part("encode 0.4b", "gpu_encode:encodings", 50,
-         encoding("0.4b", {"image": 1024, "text": 4096}, *EIGHT_BITS)),
-    Part("flags no command buffers", STEP, 50, ({**SHIPPED, "attention": "batch"},),
+         encoding("0.4b", {"image": 1024, "text": 4096}, *EIGHT_BITS, ENCODE_FAST)),
+    Part("flags no command buffers", STEP, 60, (SHIPPED,),
          NO_COMMAND_BUFFERS),
-    Part("flags latency hiding", STEP, 50, ({**SHIPPED, "attention": "batch"},),
+    Part("flags latency hiding", STEP, 60, (SHIPPED,),
          "--xla_gpu_enable_latency_hiding_scheduler=true"),
-    Part("flags no triton products", STEP, 50, ({**SHIPPED, "attention": "batch"},),
+    Part("flags no triton products", STEP, 60, (SHIPPED,),
          "--xla_gpu_enable_triton_gemm=false"),
     Part("kernels 0.4b", "gpu_trace:traces", 50,
-         ({"size": "0.4b", "batch": 1024, "remat": "products", "attention": "batch"},),
+         ({**SHIPPED, "size": "0.4b", "batch": 512},),
          NO_COMMAND_BUFFERS),
-    Part("batches 1b", STEP, 100, training(
+    Part("forms 1b", STEP, 130, training(  # each differs from the shipped form in one thing
+        "1b",
+        {**FAST, "unroll": 1}, {**FAST, "fused_qkv": True}, {**FAST, "attention": "xla"},
+        {**FAST, "attention": "batch"},
+        batch=256, remat="products",
+    )),
+    Part("remat 1b", STEP, 100, training(
+        "1b", {"remat": "attention"}, {"remat": "full"}, {"remat": "dots"},
+        batch=512, attention="cudnn", fused_qkv=False,
+    )),
+    Part("batches 1b", STEP, 130, training(
         "1b",
         {"batch": 128, "remat": "none"}, {"batch": 64, "remat": "none"},
-        {"batch": 1024, "remat": "products"}, {"batch": 768, "remat": "full"},
-        {"batch": 256, "remat": "none", "unroll": 24},
-        attention="batch",
+        {"batch": 384, "remat": "none"}, {"batch": 768, "remat": "products"},
+        **FAST,
     )),
     Part("hf encode", HUGGING_FACE, 75, tuple(
         {**case, "kind": "encode"} for size, rows in (
@@ -144,7 +151,8 @@ PARTS = (
         ) for case in encoding(size, rows, {})
     ), needs=(*TORCH, "transformers")),
     Part("kernels 10b-slice", "gpu_trace:traces", 60,
-         ({"size": "10b-slice", "batch": 128, "remat": "attention", "attention": "batch"},),
+         ({"size": "10b-slice", "batch": 128, "remat": "attention", "attention": "cudnn",
+           "fused_qkv": False},),
          NO_COMMAND_BUFFERS),
     Part("torch loss 1m", PEER, 90,
          ({"kind": "loss", "form": "tiles", "pairs": 1_048_576, "tile": 4096},), needs=TORCH),

@@ -59,8 +59,7 @@ def tables(founds: list[dict]) -> str:
     """Every table, of all runs."""
     runs = [read(found) for found in founds]
     made = [_versions(runs), _ceilings(runs)]
-    made += [_table("Training step", TRAIN_HEAD, runs,
-                    ("train", "torch train", "hf train", "batches", "flags"), _train)]  # fmt: skip
+    made += [_table("Training step", TRAIN_HEAD, runs, TRAINING, _train)]
     made += [_table("Encoding", ENCODE_HEAD, runs, ("encode", "torch encode", "hf encode"),
                     _encode)]  # fmt: skip
     made += [_table("Contrastive loss", LOSS_HEAD, runs, ("loss", "torch loss"), _loss)]
@@ -81,7 +80,7 @@ def _head(*cells: str) -> str:
     return _line(*names) + "\n|" + "---|" * len(names)
 
 
-def _what(part: dict, row: dict) -> str:
+def what(part: dict, row: dict) -> str:
     """A case in words."""
     who = PEERS.get(part["name"].split()[0], "m2jax")
     kept = [f"{key}={row[key]}" for key in SIZES if row.get(key) not in (None, "")]
@@ -99,6 +98,7 @@ def _table(title: str, head: tuple, runs: list[Run], parts: tuple, of: Callable)
     return "\n".join(lines)
 
 
+TRAINING = ("train", "torch train", "hf train", "forms", "remat", "batches", "flags")  # parts
 TRAIN_HEAD = ("what", "rows", "layers", "ms", "pairs/s", "TFLOP/s", "of measured bf16 rate",
               "of datasheet", "GB", "compile s")  # fmt: skip
 
@@ -108,7 +108,7 @@ def _train(run: Run, part: dict, row: dict) -> tuple | None:
         return None
     rate = row["model_flops"] / row["seconds"]
     return (
-        _what(part, row), row["rows"], row.get("layers", EMPTY), f"{1e3 * row['seconds']:.1f}",
+        what(part, row), row["rows"], row.get("layers", EMPTY), f"{1e3 * row['seconds']:.1f}",
         f"{row['rows'] / row['seconds']:.0f}", f"{rate / 1e12:.4g}", share(rate, run.product),
         share(rate, run.datasheet), f"{row.get('bytes', 0) / 1e9:.1f}",
         f"{row.get('compile_seconds', 0):.0f}",
@@ -124,7 +124,7 @@ def _encode(run: Run, part: dict, row: dict) -> tuple | None:
         return None
     rate = row.get("model_flops", 0.0) / row["seconds"]
     return (
-        _what(part, row), row["rows"], f"{1e3 * row['seconds']:.2f}",
+        what(part, row), row["rows"], f"{1e3 * row['seconds']:.2f}",
         f"{row['rows'] / row['seconds']:.0f}", f"{rate / 1e12:.4g}" if rate else EMPTY,
         share(rate, run.product),
         *(f"{row[key]:.1e}" if key in row else EMPTY for key in ("mean_off", "most_off")),
@@ -140,7 +140,7 @@ def _loss(run: Run, part: dict, row: dict) -> tuple | None:
     least = row["model_flops"] / run.product if run.product else 0.0
     space = row.get("temporaries", row.get("bytes", 0))
     return (
-        _what(part, row), f"{1e3 * row['seconds']:.1f}", f"{space / 1e6:.0f}",
+        what(part, row), f"{1e3 * row['seconds']:.1f}", f"{space / 1e6:.0f}",
         f"{row['model_flops'] / row['seconds'] / 1e12:.4g}",
         f"{row['seconds'] / least:.2f}" if least else EMPTY,
     )  # fmt: skip
@@ -169,7 +169,7 @@ def _kernels(runs: list[Run]) -> str:
                 best += [one.get("moved", 0) / run.copy] if run.copy else []
                 lines.append(
                     _line(
-                        run.where, _what(part, row), one["kernel"], one.get("origin", EMPTY),
+                        run.where, what(part, row), one["kernel"], one.get("origin", EMPTY),
                         f"{1e3 * one['seconds']:.2f}", f"{one.get('runs', 0):g}",
                         f"{100 * one['share']:.1f} %", share(max(best), one["seconds"]),
                     )
@@ -195,5 +195,5 @@ def _troubles(runs: list[Run]) -> str:
             for row in part["rows"]:
                 if "error" in row:
                     why = row["error"].replace("|", "/")
-                    lines.append(_line(run.where, part["name"], _what(part, row), why))
+                    lines.append(_line(run.where, part["name"], what(part, row), why))
     return "\n".join(lines)

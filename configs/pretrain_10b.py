@@ -19,7 +19,7 @@ MACHINES = {
     "h100-8": ({"fsdp": 8}, 384, "full"),
     "h100-256": ({"data": 32, "fsdp": 8}, 256, "full"),
     "h200-8": ({"fsdp": 8}, 768, "full"),
-    "h200-256": ({"data": 32, "fsdp": 8}, 256, "full"),
+    "h200-256": ({"data": 32, "fsdp": 8}, 256, "attention"),
 }
 
 
@@ -31,6 +31,7 @@ def get_config(arg: str = "v5p-128") -> ConfigDict:
     config = as_config_dict()
     config.model.name = "m2-encoder-10b"
     config.model.remat = remat
+    config.model.attention = "cudnn" if arg.startswith("h") else "batch"
     config.model.fused_qkv = False  # three products model faster than one that is cut
     config.mesh.update(mesh)
     config.data.batch_size = rows * int(arg.split("-")[1])

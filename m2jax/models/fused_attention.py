@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """``jax.nn.dot_product_attention`` as a form of attention: XLA's own, or cuDNN's fused kernel.
 
-Which is fast on a GPU is for benchmarks/gpu.py to tell; until then neither is a default. Both keep
-scores in float32 where ``layers.attention`` rounds them once to the inputs' precision, so in half
-precision the numbers differ by that rounding.
+Both keep scores in float32 where ``layers.attention`` rounds them once to the inputs' precision, so in
+half precision the numbers differ by that rounding. What an encoder does around cuDNN's kernel, so that
+nothing is copied for its sake, is here too; benchmarks/gpu.md has what each step is worth.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,11 +41,20 @@ def by_cudnn(
     v: Float[Array, "batch keys heads dim"],
     *,
     bias: Float[Array, "#batch 1 #queries keys"] | None = None,
+    length: int | None = None,
 ) -> Float[Array, "batch queries heads dim"]:
     """``layers.attention`` in one kernel of cuDNN's, whose scores never reach the GPU's memory.
 
     Its backward pass takes even lengths alone (jax refuses others, with a bias or without), so an
-    odd one, as of 196 patches and [CLS], is filled up with a token that nobody sees.
+    odd one, as of 196 patches and [CLS], is filled up with a token that nobody sees. That copies
+    queries, keys and values: an encoder fills up its tokens before the first layer (``filled``).
+
+    Args:
+        q: queries.
+        k: keys.
+        v: values.
+        bias: added to the scores.
+        length: leading keys that are tokens, where those after them only fill up; all if not given.
 
     Raises:
         UserError: no cuDNN here, inputs of another precision than bfloat16 or float16, or heads
@@ -56,13 +67,14 @@ def by_cudnn(
         )
     queries, keys = q.shape[1], k.shape[1]
     q, k, v = (_even(x, 1) for x in (q, k, v))
-    lengths = None
+    lengths, length = None, keys if length is None else length
     if bias is not None:
-        finite = jnp.maximum(bias, LOWEST).astype(q.dtype)
+        real = jnp.arange(keys) < length
+        finite = jnp.where(real, jnp.maximum(bias, LOWEST), LOWEST).astype(q.dtype)
         bias = jnp.broadcast_to(finite, (*bias.shape[:2], queries, keys))
         bias = _even(_even(bias, 2), 3, LOWEST)
-    elif keys % 2:
-        lengths = jnp.full(len(q), keys, jnp.int32)
+    elif length < k.shape[1]:
+        lengths = jnp.full(len(q), length, jnp.int32)
     try:
         found = jax.nn.dot_product_attention(
             q, k, v, bias, key_value_seq_lengths=lengths, implementation="cudnn"
@@ -73,7 +85,46 @@ def by_cudnn(
             f"model.attention=cudnn: cuDNN does not take {q.dtype.name}{list(q.shape)} here "
             f"({reason}): use batch"
         ) from error
-    return found[:, :queries]
+    found = found[:, :queries]
+    # Heads side by side are one axis to all that follows. Told so, XLA makes one kernel of a norm
+    # over them; left to see two axes, it makes three.
+    flat = jax.lax.optimization_barrier(found.reshape(*found.shape[:2], -1))
+    return flat.reshape(found.shape)
+
+
+def filled(
+    tokens: Float[Array, "batch length width"],
+    token_mask: Float[Array, "batch length"] | None,
+    blocked: Float[Array, "#batch length length"] | None,
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+    """Tokens of an even length, with their masks: a last one of zeros is added to an odd length.
+
+    One token more costs half a per cent of an image's products; copying queries, keys and values
+    into an even length in every layer, twice, costs six times that.
+    """
+    tokens = _even(tokens, 1)
+    token_mask = token_mask if token_mask is None else _even(token_mask, 1)
+    blocked = blocked if blocked is None else _even(_even(blocked, 1), 2)
+    return tokens, token_mask, blocked
+
+
+def row_major(tokens: Float[Array, "batch length width"]) -> Float[Array, "batch length width"]:
+    """The same tokens, which lie in memory as a table with a row for each.
+
+    Where a stack of layers is written out XLA may choose to lay samples side by side instead, and
+    every norm then falls apart into several kernels. (jax's ``with_layout_constraint`` says the same
+    more plainly, but is not partitioned: on a mesh the tokens would be gathered in every layer.)
+    """
+    table = jax.lax.optimization_barrier(tokens.reshape(-1, tokens.shape[-1]))
+    return table.reshape(tokens.shape)
+
+
+def is_forward(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A policy of ``jax.checkpoint``: keep what cuDNN's forward kernel made.
+
+    Its output and a sum per query are small; without them the backward pass runs it a second time.
+    """
+    return primitive.name.startswith("dot_product_attention_fwd")
 
 
 def _even(x: jax.Array, axis: int, value: float = 0.0) -> jax.Array:

@@ -252,7 +252,9 @@ def rematerialise(layer: Callable[..., jax.Array], policy: str) -> Callable[...,
             offload_dst="pinned_host",
         )
     elif policy in KEPT:
-        keep = jax.checkpoint_policies.save_only_these_names(*KEPT[policy])
+        keep = jax.checkpoint_policies.save_from_both_policies(
+            jax.checkpoint_policies.save_only_these_names(*KEPT[policy]), fused_attention.is_forward
+        )
     else:
         dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
         keep = {"full": None, "dots": dots}[policy]

@@ -8,6 +8,7 @@ through A and the rest through B. Only the softmax over the tokens is shared.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -20,7 +21,7 @@ from jaxtyping import Array, Float
 
 from m2jax import config as config_lib
 from m2jax.dist.sharding import constrain
-from m2jax.models import layers
+from m2jax.models import fused_attention, layers
 
 ALL_A = -1
 ALL_B = 0
@@ -132,11 +133,18 @@ class Encoder(nnx.Module):
         """
         if token_mask is not None:
             tokens = tokens * token_mask[..., None].astype(tokens.dtype)
+        length, attend = tokens.shape[1], layers.ATTENTION[self.cfg.attention]
+        cudnn = self.cfg.attention == "cudnn"
+        if cudnn:
+            tokens, token_mask, blocked = fused_attention.filled(tokens, token_mask, blocked)
+            attend = functools.partial(attend, length=length)
         ways = [way for way, _ in branches(tokens, split)]
         graphs, states = zip(*(nnx.split(self.blocks[way]) for way in ways), strict=True)
         layer = layers.rematerialise(
             self._layer(
-                split, dict(zip(ways, graphs, strict=True)), _score_bias(token_mask, blocked)
+                split,
+                dict(zip(ways, graphs, strict=True)),
+                functools.partial(attend, bias=_score_bias(token_mask, blocked)),
             ),
             self.cfg.remat,
         )
@@ -145,16 +153,17 @@ class Encoder(nnx.Module):
 
         def body(x, scanned):
             x = constrain(layer(x, *scanned), ("batch", None, None))
-            return x, (x if capture else None)
+            x = fused_attention.row_major(x) if cudnn else x
+            return x, (x[:, :length] if capture else None)
 
         unroll = min(self.cfg.unroll, self.depth)
         scanned = (dict(zip(ways, states, strict=True)), rates, rngs)
         tokens, outputs = jax.lax.scan(body, tokens, scanned, unroll=unroll)
-        normed = [self.norms[way](part) for way, part in branches(tokens, split)]
+        normed = [self.norms[way](part) for way, part in branches(tokens[:, :length], split)]
         return Encoded(_join(normed), outputs)
 
     def _layer(
-        self, split: int, graphs: dict[str, nnx.GraphDef], bias: jax.Array | None
+        self, split: int, graphs: dict[str, nnx.GraphDef], attend: Callable[..., jax.Array]
     ) -> Callable[..., jax.Array]:
         """The function of one layer: (x, its weights by way, drop rate, rng) -> x."""
         drops = self.cfg.drop_path > 0
@@ -169,7 +178,7 @@ class Encoder(nnx.Module):
 
             projected = [blocks[way].project(part) for way, part in branches(x, split)]
             q, k, v = (_join(list(parts)) for parts in zip(*projected, strict=True))
-            heads = layers.ATTENTION[self.cfg.attention](q, k, v, bias=bias)
+            heads = attend(q, k, v)
             merged = [blocks[way].merge(part) for way, part in branches(heads, split)]
             x = x + residual(_join(merged), 0)
             fed = [blocks[way].feed_forward(part) for way, part in branches(x, split)]

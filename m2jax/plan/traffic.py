@@ -40,20 +40,22 @@ def moved(module: Module, computation: Computation, instruction: Instruction) ->
 def _fusion(inner: Computation, computation: Computation, instruction: Instruction) -> float:
     users: dict[str, list[Instruction]] = {}
     for one in inner.instructions.values():
-        for name in one.operands:
-            users.setdefault(name, []).append(one)
+        if one.opcode != "bitcast":  # the same bytes by another name
+            for name in one.operands:
+                users.setdefault(_renamed(inner, name), []).append(one)
     total = 0.0
     for one in inner.instructions.values():
         if one.opcode != "parameter":
             continue
         source = computation.instructions.get(instruction.operands[int(one.arguments)])
         using = users.get(one.name, [])
-        if using and all(_slices(user, one) for user in using):
+        if using and all(_slices(inner, user, one) for user in using):
             total += sum(user.bytes for user in using)
-        elif source is not None and not _only_updated(one, using):
+        elif source is not None and not _only_updated(inner, one, using):
             total += source.main_bytes
     root = inner.root
-    outputs = [inner.instructions[n] for n in root.operands] if root.opcode == "tuple" else [root]
+    roots = root.operands if root.opcode == "tuple" else (root.name,)
+    outputs = [inner.instructions[_renamed(inner, name)] for name in roots]
     for output, array in zip(outputs, instruction.arrays, strict=False):
         if output.opcode == "dynamic-update-slice":
             total += inner.instructions[output.operands[1]].bytes
@@ -62,14 +64,23 @@ def _fusion(inner: Computation, computation: Computation, instruction: Instructi
     return total
 
 
-def _slices(user: Instruction, parameter: Instruction) -> bool:
+def _renamed(inner: Computation, name: str) -> str:
+    """The instruction whose bytes a chain of bitcasts only shows in another shape."""
+    while (one := inner.instructions[name]).opcode == "bitcast":
+        name = one.operands[0]
+    return name
+
+
+def _slices(inner: Computation, user: Instruction, parameter: Instruction) -> bool:
     """Whether an instruction reads a part of this operand (which is not its index)."""
-    return user.opcode in ("dynamic-slice", "gather") and user.operands[0] == parameter.name
+    first = user.operands and _renamed(inner, user.operands[0])
+    return user.opcode in ("dynamic-slice", "slice", "gather") and first == parameter.name
 
 
-def _only_updated(parameter: Instruction, using: list[Instruction]) -> bool:
+def _only_updated(inner: Computation, parameter: Instruction, using: list[Instruction]) -> bool:
     """Whether a fusion only writes a slice into this operand, in place."""
     return bool(using) and all(
-        user.opcode == "dynamic-update-slice" and user.operands[0] == parameter.name
+        user.opcode == "dynamic-update-slice"
+        and _renamed(inner, user.operands[0]) == parameter.name
         for user in using
     )

@@ -5,11 +5,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from jax._src.cudnn import fused_attention_stablehlo as kernels
 
 from m2jax import config, load_config
 from m2jax.config import UserError
 from m2jax.dist.mesh import make_mesh
-from m2jax.models import fused_attention, layers
+from m2jax.models import fused_attention, layers, multiway
 from m2jax.models.layers import ATTENTION
 from m2jax.train.image_text import ImageTextTask
 from m2jax.train.step import make_step
@@ -89,13 +91,14 @@ def test_cudnn_is_refused_in_one_line_where_there_is_none():
 def cudnn(monkeypatch):
     """Stands in for cuDNN's kernel: holds its inputs to what it takes, and computes by XLA."""
     real, given = jax.nn.dot_product_attention, []
-
-    def kernel(q, k, v, bias, *, key_value_seq_lengths, implementation):
+    def kernel(q, k, v, bias, *, key_value_seq_lengths=None, implementation):
+        if implementation == "xla":  # the form of that name
+            return real(q, k, v, bias, implementation=implementation)
         assert implementation == "cudnn"
         assert q.shape[1] % 2 == k.shape[1] % 2 == 0  # or no gradient
         if bias is not None:
             assert bias.shape[2:] == (q.shape[1], k.shape[1])
-            assert jnp.isfinite(bias).all()
+            assert isinstance(bias, jax.core.Tracer) or jnp.isfinite(bias).all()
         given.append(bias)
         return real(
             q, k, v, bias, key_value_seq_lengths=key_value_seq_lengths, implementation="xla"
@@ -138,3 +141,65 @@ def test_a_run_on_devices_without_cudnn_is_refused_before_it_starts():
     mesh = make_mesh(experiment.mesh)
     with pytest.raises(UserError, match=r"^model\.attention=cudnn: needs NVIDIA GPUs.*cpu"):
         make_step(experiment, ImageTextTask(experiment, mesh), mesh)
+
+
+LENGTH, WIDTH = 5, 32  # an odd length
+
+
+@pytest.mark.parametrize("unroll", [1, 2])
+@pytest.mark.parametrize("split", [multiway.ALL_A, 3])
+@pytest.mark.parametrize("seen", ["all", "padded", "causal"])
+def test_an_encoder_with_cudnn_fills_up_an_odd_length_once_and_unseen(
+    cudnn, monkeypatch, seen, split, unroll
+):
+    lengths, form = set(), fused_attention.by_cudnn
+
+    def noted(q, k, v, **how):
+        lengths.add((q.shape[1], k.shape[1]))
+        return form(q, k, v, **how)
+
+    monkeypatch.setitem(ATTENTION, "cudnn", noted)
+    mask = jnp.asarray([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]) if seen == "padded" else None
+    blocked = 1 - jnp.tril(jnp.ones((1, LENGTH, LENGTH))) if seen == "causal" else None
+    tokens, weight = numbers(2, LENGTH, WIDTH, dtype=jnp.bfloat16), numbers(2, LENGTH, WIDTH)
+
+    def outcome(attention):
+        cfg = config.Model(width=WIDTH, heads=2, attention=attention, unroll=unroll)
+        encoder = multiway.Encoder(nnx.Rngs(0), config.resolve(cfg), 2)
+        graph, state = nnx.split(encoder)
+
+        def loss(state, tokens):
+            encoder = nnx.merge(graph, state)
+            found = encoder(tokens, split=split, token_mask=mask, blocked=blocked, capture=True)
+            assert found.layers is not None
+            return (weight * found.tokens).sum() + (weight * found.layers[0]).sum(), found
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(state, tokens)
+
+    found, wanted = outcome("cudnn"), outcome("xla")
+    assert cudnn
+    assert lengths == {(LENGTH + 1, LENGTH + 1)}  # so that no layer copies
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert one.shape == other.shape
+        one, other = (np.asarray(x, np.float32) for x in (one, other))
+        np.testing.assert_allclose(one, other, rtol=0, atol=5e-3 * np.abs(other).max())
+
+
+def test_cudnns_forward_kernel_runs_once_where_its_results_are_kept(monkeypatch):
+    """Traced, not run: jax's own primitives, as a GPU would be given them."""
+    monkeypatch.setattr(kernels, "check_cudnn_version", lambda: 91_000)
+    monkeypatch.setattr(kernels, "check_compute_capability", lambda *_: True)
+    q = numbers(1, 4, 2, 8, dtype=jnp.bfloat16)
+
+    def runs(policy):
+        def layer(q):
+            return jnp.sin(fused_attention.by_cudnn(jnp.sin(q), q, q).sum())
+
+        traced = jax.make_jaxpr(jax.grad(layers.rematerialise(layer, policy)))(q)
+        return str(traced).count("dot_product_attention_fwd")
+
+    once = runs("none")
+    assert once >= 1
+    for policy in layers.KEPT:
+        assert runs(policy) == once
+    assert runs("full") > once

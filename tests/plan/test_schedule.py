@@ -215,6 +215,57 @@ ENTRY %main (a: f32[100,64], k: s32[]) -> f32[100,64] {
     assert moved["row"] == 0
 
 
+def test_a_slice_by_another_shape_moves_itself_alone() -> None:
+    """XLA for GPUs shows a stack in another shape (a bitcast) before it reads or writes a slice."""
+    text = """\
+%cut (stack: f32[100,64], i: s32[]) -> f32[1,8,8] {
+  %stack = f32[100,64] parameter(0)
+  %seen = f32[100,8,8] bitcast(%stack)
+  %i = s32[] parameter(1)
+  ROOT %part = f32[1,8,8] dynamic-slice(%seen, %i, %i, %i), dynamic_slice_sizes={1,8,8}
+}
+
+%first (stack: f32[100,64]) -> f32[64] {
+  %stack = f32[100,64] parameter(0)
+  %one = f32[1,64] slice(%stack), slice={[0:1], [0:64]}
+  ROOT %flat = f32[64] bitcast(%one)
+}
+
+%put (old: f32[100,64], new: f32[64], j: s32[]) -> f32[100,64] {
+  %old = f32[100,64] parameter(0)
+  %as = f32[100,8,8] bitcast(%old)
+  %new = f32[64] parameter(1)
+  %piece = f32[1,8,8] bitcast(%new)
+  %j = s32[] parameter(2)
+  %all = f32[100,8,8] dynamic-update-slice(%as, %piece, %j, %j, %j)
+  ROOT %back = f32[100,64] bitcast(%all)
+}
+
+%add (stack: f32[100,64], other: f32[100,64]) -> f32[100,64] {
+  %stack = f32[100,64] parameter(0)
+  %other = f32[100,64] parameter(1)
+  %seen = f32[100,64] bitcast(%stack)
+  ROOT %sum = f32[100,64] add(%seen, %other)
+}
+
+ENTRY %main (a: f32[100,64], k: s32[]) -> f32[100,64] {
+  %a = f32[100,64] parameter(0)
+  %k = s32[] parameter(1)
+  %read = f32[1,8,8] fusion(%a, %k), kind=kLoop, calls=%cut
+  %head = f32[64] fusion(%a), kind=kLoop, calls=%first
+  %whole = f32[100,64] fusion(%a, %a), kind=kLoop, calls=%add
+  ROOT %written = f32[100,64] fusion(%whole, %head, %k), kind=kLoop, calls=%put
+}
+"""
+    module = hlo.parse(text)
+    main = module.computations["main"]
+    moved = {n: traffic.moved(module, main, i) for n, i in main.instructions.items()}
+    assert moved["read"] == 256 + 4 + 256
+    assert moved["head"] == 256 + 256
+    assert moved["written"] == 256 + 4 + 256
+    assert moved["whole"] == 3 * 25_600
+
+
 def test_machines_have_links_and_sources() -> None:
     for kind, chip in CHIPS.items():
         assert chip.kind == kind
