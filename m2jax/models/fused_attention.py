@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """``jax.nn.dot_product_attention`` as a form of attention: XLA's own, or cuDNN's fused kernel.
 
-Both keep scores in float32 where ``layers.attention`` rounds them once to the inputs' precision, so in
-half precision the numbers differ by that rounding. What an encoder does around cuDNN's kernel, so that
-nothing is copied for its sake, is here too; benchmarks/gpu.md has what each step is worth.
+Both keep scores in float32 where ``layers.attention`` rounds them once to the inputs' precision, so
+in half precision the numbers differ by that rounding. What an encoder does around cuDNN's kernel, so
+that nothing is copied for its sake, is here too; benchmarks/gpu.md has what each step is worth.
 """
 
 from __future__ import annotations
@@ -112,8 +112,8 @@ def row_major(tokens: Float[Array, "batch length width"]) -> Float[Array, "batch
     """The same tokens, which lie in memory as a table with a row for each.
 
     Where a stack of layers is written out XLA may choose to lay samples side by side instead, and
-    every norm then falls apart into several kernels. (jax's ``with_layout_constraint`` says the same
-    more plainly, but is not partitioned: on a mesh the tokens would be gathered in every layer.)
+    every norm then falls apart into several kernels. (jax's ``with_layout_constraint`` says it more
+    plainly, but is not partitioned: on a mesh the tokens would be gathered in every layer.)
     """
     table = jax.lax.optimization_barrier(tokens.reshape(-1, tokens.shape[-1]))
     return table.reshape(tokens.shape)
