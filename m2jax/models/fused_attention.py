@@ -2,8 +2,8 @@
 """``jax.nn.dot_product_attention`` as a form of attention: XLA's own, or cuDNN's fused kernel.
 
 Both keep scores in float32 where ``layers.attention`` rounds them once to the inputs' precision, so
-in half precision the numbers differ by that rounding. What an encoder does around cuDNN's kernel, so
-that nothing is copied for its sake, is here too; benchmarks/gpu.md has what each step is worth.
+in half precision the numbers differ by that rounding. What an encoder does around cuDNN's kernel,
+so that nothing is copied for its sake, is here too; benchmarks/gpu.md has what each step is worth.
 """
 
 from __future__ import annotations

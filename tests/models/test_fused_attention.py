@@ -91,6 +91,7 @@ def test_cudnn_is_refused_in_one_line_where_there_is_none():
 def cudnn(monkeypatch):
     """Stands in for cuDNN's kernel: holds its inputs to what it takes, and computes by XLA."""
     real, given = jax.nn.dot_product_attention, []
+
     def kernel(q, k, v, bias, *, key_value_seq_lengths=None, implementation):
         if implementation == "xla":  # the form of that name
             return real(q, k, v, bias, implementation=implementation)
