@@ -19,10 +19,11 @@ from jaxtyping import Array, Float, Int
 
 from m2jax.config import UserError
 from m2jax.dist.sharding import BATCH_AXES
-from m2jax.losses.layout import IMPLS, make_layout
+from m2jax.losses import fused
+from m2jax.losses.layout import IMPLS, TILED, make_layout
 from m2jax.losses.local import gathered_sums
-from m2jax.losses.ring import PADDING, Pairs, pair_sums
-from m2jax.losses.tiles import SIGMOID, SOFTMAX, Sums
+from m2jax.losses.ring import Pairs, pair_sums
+from m2jax.losses.tiles import PADDING, SIGMOID, SOFTMAX, Sums
 
 
 def contrastive_loss(
@@ -38,6 +39,7 @@ def contrastive_loss(
     label_smoothing: float = 0.0,
     wire_dtype: str = "",
     tile: int = 1024,
+    kernel: str = "xla",
 ) -> Float[Array, ""]:
     """Mean of the image-to-text and text-to-image cross-entropies (Radford et al. 2021, figure 3).
 
@@ -64,19 +66,24 @@ def contrastive_loss(
         wire_dtype: rounds the features, and sends and multiplies them in this type ("bfloat16");
             "" keeps their own. Gradients travel in float32 or wider and skip the rounding.
         tile: rows of logits in memory at a time, at most, by 4 columns each (block-wise forms).
+        kernel: what computes a tile of the forms that have tiles (all but ``dense`` and ``local``):
+            ``xla``, or ``pallas`` on NVIDIA GPUs, which keeps logits off the memory and has been
+            compiled for them but never timed; ``interpret`` is ``pallas`` run slowly anywhere.
 
     Returns:
         The loss in float32, or in the inputs' precision where that is higher.
 
     Raises:
         ValueError: an unknown ``impl``, shapes that differ, options that exclude each other.
-        UserError: a batch or group that does not fit the mesh.
+        UserError: a batch or group that does not fit the mesh; ``pallas`` without NVIDIA GPUs,
+            without tiles or in float64.
     """
     _check(image, text, bias, impl, ids, label_smoothing, group, tile)
     wide = jnp.promote_types(image.dtype, jnp.float32)
     wire = jnp.dtype(wire_dtype or image.dtype)
     image, text = _rounded(image, wire), _rounded(text, wire)
     scale = jnp.asarray(scale, wide)
+    _check_kernel(kernel, impl, mesh, wide)
     if impl == "dense":
         if group is not None:
             raise ValueError(f"contrastive_loss: group={group} means nothing to impl='dense'")
@@ -89,7 +96,9 @@ def contrastive_loss(
             f"contrastive_loss: {len(image)} rows do not divide over {layout.size(layout.rows)} "
             "devices: change the batch size or the mesh"
         )
-    pairs = Pairs(layout, SOFTMAX if bias is None else SIGMOID, tile, wire)
+    pairs = Pairs(
+        layout, SOFTMAX if bias is None else SIGMOID, tile, wire, fused.make_kernel(kernel)
+    )
     sums = gathered_sums if impl == "local" else pair_sums
     return _from_sums(sums, pairs, image, text, scale, bias, ids, label_smoothing)
 
@@ -144,6 +153,24 @@ def _check(
         )
     if label_smoothing and (bias is not None or ids is not None):
         raise ValueError("contrastive_loss: label_smoothing goes with neither bias nor ids")
+
+
+def _check_kernel(kernel: str, impl: str, mesh: Mesh | None, wide: Any) -> None:
+    if kernel == "xla":
+        return
+    if kernel not in ("pallas", fused.INTERPRET):
+        raise ValueError(f"contrastive_loss: kernel={kernel!r} is unknown: use xla or pallas")
+    fused.check(kernel, mesh)
+    if impl not in TILED:
+        raise UserError(
+            f"contrastive_loss: kernel={kernel} means nothing to impl={impl}, which has no tiles: "
+            f"use kernel=xla or one of {', '.join(TILED)}"
+        )
+    if wide == jnp.float64:
+        raise UserError(
+            f"contrastive_loss: kernel={kernel} adds up in float32: give it float32 features or "
+            "narrower, or use kernel=xla"
+        )
 
 
 def _rounded(features: jax.Array, wire: Any) -> jax.Array:
