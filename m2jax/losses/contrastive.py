@@ -23,7 +23,7 @@ from m2jax.losses import fused
 from m2jax.losses.layout import IMPLS, TILED, make_layout
 from m2jax.losses.local import gathered_sums
 from m2jax.losses.ring import Pairs, pair_sums
-from m2jax.losses.tiles import PADDING, SIGMOID, SOFTMAX, Sums
+from m2jax.losses.tiles import PADDING, SIGMOID, SOFTMAX, Sums, rounded
 
 
 def contrastive_loss(
@@ -81,15 +81,13 @@ def contrastive_loss(
     _check(image, text, bias, impl, ids, label_smoothing, group, tile)
     wide = jnp.promote_types(image.dtype, jnp.float32)
     wire = jnp.dtype(wire_dtype or image.dtype)
-    image, text = _rounded(image, wire), _rounded(text, wire)
     scale = jnp.asarray(scale, wide)
     _check_kernel(kernel, impl, mesh, wide)
     if impl == "dense":
         if group is not None:
             raise ValueError(f"contrastive_loss: group={group} means nothing to impl='dense'")
-        return _dense(
-            image.astype(wide), text.astype(wide), scale, bias, mesh, ids, label_smoothing
-        )
+        image, text = (_straight(x, wire).astype(wide) for x in (image, text))
+        return _dense(image, text, scale, bias, mesh, ids, label_smoothing)
     layout = make_layout(mesh, impl, group)
     if len(image) % layout.size(layout.rows):
         raise UserError(
@@ -122,7 +120,7 @@ def _from_sums(
     # Unsigned ones wrap. The two lowest of the 2^32 become one.
     ids = jnp.maximum(ids.astype(jnp.int32), PADDING + 1)
     rows, columns = sums_of(pairs, image, text, ids, scale, shift)
-    image, text = image.astype(wide), text.astype(wide)
+    image, text = (_straight(x, pairs.wire).astype(wide) for x in (image, text))
     own = scale * (image * text).sum(1) + shift
     if bias is not None:
         return jnp.mean(rows + jax.nn.softplus(-own))
@@ -173,16 +171,10 @@ def _check_kernel(kernel: str, impl: str, mesh: Mesh | None, wide: Any) -> None:
         )
 
 
-def _rounded(features: jax.Array, wire: Any) -> jax.Array:
-    """Features rounded to a narrower type but kept in theirs; gradients pass as if they were not.
-
-    ``reduce_precision`` because compilers may drop a cast there and back.
-    """
-    if jnp.promote_types(wire, features.dtype) == wire:
-        return features
-    info = jnp.finfo(wire)
-    narrow = lax.reduce_precision(features, info.nexp, info.nmant)
-    return features + lax.stop_gradient(narrow - features)
+def _straight(features: jax.Array, wire: Any) -> jax.Array:
+    """Rounded features, through which gradients pass as if they were not."""
+    narrow = rounded(features, wire)
+    return features if narrow is features else features + lax.stop_gradient(narrow - features)
 
 
 def _cross_entropy_of(sums: Sums, own: Float[Array, " n"]) -> Float[Array, " n"]:

@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from m2jax.losses.layout import Layout, gather, scatter_sum
-from m2jax.losses.tiles import PADDING, XLA, Form, Kernel, Rows, Sums, finite, product
+from m2jax.losses.tiles import PADDING, XLA, Form, Kernel, Rows, Sums, finite, product, rounded
 
 BREADTH = 4  # a tile's columns per row: few rows keep the travelling buffers small
 
@@ -113,7 +113,7 @@ def _forward(
 ) -> tuple[Any, Any]:
     """One device's share of the sums: its own image rows and text rows."""
     form, rows = pairs.form, len(image)
-    moving = jax.tree.map(functools.partial(_slices, pairs), Rows(image.astype(pairs.wire), ids))
+    moving = jax.tree.map(functools.partial(_slices, pairs), Rows(image, ids))
     held = _held(pairs, Rows(text.astype(pairs.wire), ids))
     padded = moving.ids.size != rows
 
@@ -130,6 +130,8 @@ def _forward(
         return lax.fori_loop(0, len(held.ids), tile, (start, columns))
 
     def send(columns: Any, block: Any) -> tuple[Any, Any]:
+        # One slice at a time: all of them in another type would stay in memory beside the rows.
+        block = block._replace(features=rounded(block.features, pairs.wire).astype(pairs.wire))
         totals, columns = go_round(pairs.layout.rings, block, columns, visit, form.join)
         return columns, totals
 
@@ -153,9 +155,8 @@ def _backward(
 ) -> tuple[jax.Array, ...]:
     """One device's share of the gradients, from the states of its own rows."""
     form, rows, wide = pairs.form, len(image), scale.dtype
-    image, text = image.astype(pairs.wire), text.astype(pairs.wire)
     moving = jax.tree.map(functools.partial(_slices, pairs), Rows(image, ids, row_state))
-    held = _held(pairs, Rows(text, ids, column_state))
+    held = _held(pairs, Rows(text.astype(pairs.wire), ids, column_state))
     padded = moving.ids.size != rows
 
     def visit(block: Any, d_held: jax.Array) -> tuple[Any, Any]:
@@ -174,15 +175,17 @@ def _backward(
 
     def send(d_held: Any, block: Any) -> tuple[Any, Any]:
         add = functools.partial(jax.tree.map, jnp.add)
-        d_block, d_held = go_round(pairs.layout.rings, block, d_held, visit, add)
-        return d_held, d_block
+        features = rounded(block.features, pairs.wire)
+        block = block._replace(features=features.astype(pairs.wire))
+        (d_block, total), d_held = go_round(pairs.layout.rings, block, d_held, visit, add)
+        return d_held, (d_block, total, (features.astype(wide) * d_block).sum())
 
     d_text = _varying(pairs, jnp.zeros(held.features.shape, wide))
-    d_text, (d_image, total) = lax.scan(send, d_text, moving)
+    d_text, (d_image, total, d_scale) = lax.scan(send, d_text, moving)
     d_text = d_text.reshape(-1, text.shape[1])
     d_text = scatter_sum(d_text, pairs.layout.held)
     d_image = d_image.reshape(-1, image.shape[1])[:rows]
-    d_scale, d_bias = (image.astype(wide) * d_image).sum(), total.reshape(-1)[:rows].sum()
+    d_scale, d_bias = d_scale.sum(), total.reshape(-1)[:rows].sum()
     if pairs.layout.mesh is not None:
         d_scale, d_bias = lax.psum((d_scale, d_bias), pairs.layout.rows)
     return scale * d_image, scale * d_text[:rows], d_scale, d_bias

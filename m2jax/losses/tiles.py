@@ -130,6 +130,14 @@ SIGMOID = Form(
 )
 
 
+def rounded(features: jax.Array, wire: Any) -> jax.Array:
+    """Features rounded to a narrower type but kept in theirs; compilers may drop two casts."""
+    if jnp.promote_types(wire, features.dtype) == wire:
+        return features
+    info = jnp.finfo(wire)
+    return lax.reduce_precision(features, info.nexp, info.nmant)
+
+
 def masked(
     logits: jax.Array, ours: jax.Array, theirs: jax.Array, *, padded: bool
 ) -> Float[Array, "m n"]:
