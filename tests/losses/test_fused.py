@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Pallas form of a tile is the XLA form; here by Pallas's interpreter, as there is no GPU."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +17,7 @@ from m2jax.losses.contrastive import contrastive_loss
 from m2jax.losses.layout import make_layout
 from m2jax.losses.ring import Pairs, pair_sums
 from m2jax.losses.tiles import PADDING, SIGMOID, SOFTMAX, XLA, Rows, Sums
+from m2jax.train import flops
 from m2jax.train.image_text import ImageTextTask
 from m2jax.train.step import make_step
 from tests.losses.reductions import assert_equal, dense, errors, features, mesh_of, reduce
@@ -161,6 +164,18 @@ def test_both_kernels_become_programs_of_triton_on_every_device_of_a_mesh(form, 
     for name in "contrastive_sums", "contrastive_weights":
         assert text.count(f'name = "{name}"') == 2  # with one's own rows, and with the other's
     assert text.count("__gpu$xla.gpu.triton") == 4
+
+
+def test_a_utilisation_counts_its_products_as_those_of_xla():
+    image = jnp.zeros((512, 64))
+
+    def work(kernel):
+        loss = functools.partial(
+            contrastive_loss, scale=1.0, impl="chunked", tile=128, kernel=kernel
+        )
+        return flops.traced(jax.make_jaxpr(jax.grad(loss))(image, image))
+
+    assert work("interpret") == work("xla") == 4 * 2 * 512**2 * 64
 
 
 def test_logits_are_never_in_memory_and_weights_are_in_the_type_of_the_wire():
