@@ -9,9 +9,11 @@ once; two products of XLA's read them from there.
 
 Those reads come from the L2 cache if the tile fits: 50 MB on an H100 or H200, and in bfloat16 the
 weights of a tile of 1,024 rows by 4,096 columns take 8 MB, of 2,048 by 8,192 34 MB, of 4,096 by
-16,384 134 MB, which does not fit. Smaller tiles pass over the held gradient more often.
+16,384 134 MB, which does not fit. But smaller tiles pass over the held gradient more often, which
+costs more than it saves as far as bytes tell (benchmarks/gpu.md).
 
 Compiled ahead of time for an H200, never run on one; values are tested by Pallas's interpreter.
+jax deprecates this backend of Pallas from 0.11 on, for the one called Mosaic GPU.
 """
 
 from __future__ import annotations
