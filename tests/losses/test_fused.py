@@ -2,6 +2,7 @@
 """The Pallas form of a tile is the XLA form; here by Pallas's interpreter, as there is no GPU."""
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,9 @@ from m2jax.losses.layout import make_layout
 from m2jax.losses.ring import Pairs, pair_sums
 from m2jax.losses.tiles import PADDING, SIGMOID, SOFTMAX, XLA, Rows, Sums
 from m2jax.train import flops
+from m2jax.train import step as step_lib
 from m2jax.train.image_text import ImageTextTask
+from m2jax.train.main import batch_shapes
 from m2jax.train.step import make_step
 from tests.losses.reductions import assert_equal, dense, errors, features, mesh_of, reduce
 
@@ -232,3 +235,13 @@ def test_a_run_without_gpus_or_without_tiles_does_not_start():
         make_step(experiment, ImageTextTask(experiment, mesh), mesh)
     with pytest.raises(UserError, match=r"kernel=pallas: .*impl=dense has no tiles"):
         ImageTextTask(load_config("emoji", parts[:1]), mesh)
+
+
+def test_the_kernel_of_a_config_reaches_the_loss(monkeypatch):
+    monkeypatch.setattr(step_lib, "fused", SimpleNamespace(check=lambda *_: None))
+    parts = ["loss.contrastive.kernel=pallas", "loss.contrastive.impl=chunked"]
+    experiment, mesh = load_config("emoji", parts), mesh_of(8)
+    task = ImageTextTask(experiment, mesh)
+    step = make_step(experiment, task, mesh)
+    with pytest.raises(UserError, match="kernel=pallas: needs NVIDIA GPUs"):
+        step.run.trace(step.abstract_state, batch_shapes(task, experiment, mesh))
