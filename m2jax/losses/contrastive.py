@@ -82,7 +82,7 @@ def contrastive_loss(
     wide = jnp.promote_types(image.dtype, jnp.float32)
     wire = jnp.dtype(wire_dtype or image.dtype)
     scale = jnp.asarray(scale, wide)
-    _check_kernel(kernel, impl, mesh, wide)
+    _check_kernel(kernel, impl, mesh, wide, wire)
     if impl == "dense":
         if group is not None:
             raise ValueError(f"contrastive_loss: group={group} means nothing to impl='dense'")
@@ -153,7 +153,7 @@ def _check(
         raise ValueError("contrastive_loss: label_smoothing goes with neither bias nor ids")
 
 
-def _check_kernel(kernel: str, impl: str, mesh: Mesh | None, wide: Any) -> None:
+def _check_kernel(kernel: str, impl: str, mesh: Mesh | None, wide: Any, wire: Any) -> None:
     if kernel == "xla":
         return
     if kernel not in ("pallas", fused.INTERPRET):
@@ -164,10 +164,10 @@ def _check_kernel(kernel: str, impl: str, mesh: Mesh | None, wide: Any) -> None:
             f"contrastive_loss: kernel={kernel} means nothing to impl={impl}, which has no tiles: "
             f"use kernel=xla or one of {', '.join(TILED)}"
         )
-    if wide == jnp.float64:
+    if wide == jnp.float64 or wire.itemsize not in fused.BLOCKS:
         raise UserError(
-            f"contrastive_loss: kernel={kernel} adds up in float32: give it float32 features or "
-            "narrower, or use kernel=xla"
+            f"contrastive_loss: kernel={kernel} adds up in float32 what it multiplies in 16 or 32 "
+            f"bits, and features are {wire} in products: give it such, or use kernel=xla"
         )
 
 

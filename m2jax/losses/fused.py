@@ -97,7 +97,7 @@ def _sums(
     padded: bool,
     interpret: bool,
 ) -> tuple[Any, Any]:
-    call = _Call(form, rows, columns, padded)
+    call = _Call(rows, columns, padded)
 
     def kernel(rows: Rows, columns: Rows, numbers: Any, by_row: Any, by_column: Any) -> None:
         logits = call.logits(rows, columns, numbers)
@@ -128,7 +128,7 @@ def _weights(
     padded: bool,
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    call = _Call(form, rows, columns, padded)
+    call = _Call(rows, columns, padded)
 
     def kernel(rows: Rows, columns: Rows, numbers: Any, weights: Any, added: Any) -> None:
         states = jax.tree.map(lambda ref: ref[...], (rows.state, columns.state))
@@ -153,7 +153,7 @@ def _weights(
 class _Call:
     """What both kernels share: the cut into blocks, and a block of logits."""
 
-    def __init__(self, form: Form, rows: Rows, columns: Rows, padded: bool) -> None:
+    def __init__(self, rows: Rows, columns: Rows, padded: bool) -> None:
         m, n, dim = len(rows.ids), len(columns.ids), rows.features.shape[1]
         most = BLOCKS[rows.features.dtype.itemsize]
         self.blocks = most._replace(

@@ -220,11 +220,14 @@ def test_what_it_cannot_do_is_refused(kwargs, error, match, mesh):
         )
 
 
-def test_float64_is_refused():
+@pytest.mark.parametrize(
+    ("dtype", "wire"), [("float64", ""), ("float64", "float32"), ("float32", "float8_e5m2")]
+)
+def test_other_precisions_are_refused(dtype, wire):
     with jax.enable_x64(True):
-        image, text = map(jnp.asarray, features(0, 16))
-        with pytest.raises(UserError, match="kernel=interpret adds up in float32"):
-            contrastive_loss(image, text, 1.0, impl="chunked", kernel="interpret")
+        image, text = map(jnp.asarray, features(0, 16, dtype=dtype))
+        with pytest.raises(UserError, match="kernel=interpret adds up in float32 what it multi"):
+            contrastive_loss(image, text, 1.0, impl="chunked", kernel="interpret", wire_dtype=wire)
 
 
 def test_a_run_without_gpus_or_without_tiles_does_not_start():
