@@ -68,7 +68,7 @@ def test_a_tile_of_any_shape(form, wire, monkeypatch):
         seed=st.integers(0, 2**16),
     )
     @example(m=70, n=40, dim=72, padded=True, seed=0)
-    @settings(max_examples=3, deadline=None)
+    @settings(max_examples=2, deadline=None)
     def check(m, n, dim, padded, seed):
         rng = np.random.default_rng(seed)
         sides = [side(rng, k, dim, wire, form, padded) for k in (m, n)]
