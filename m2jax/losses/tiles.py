@@ -75,9 +75,12 @@ def finite(top: jax.Array) -> jax.Array:
     return jnp.where(top == -jnp.inf, 0, top)
 
 
-def _exp_sums(logits: jax.Array, axis: int) -> Sums:
+def exp_sums(
+    logits: Float[Array, "m n"], axis: int, exp: Callable[[jax.Array], jax.Array] = jnp.exp
+) -> Sums:
+    """Sums along an axis, by an exponential that a kernel may have of its own."""
     top = logits.max(axis)
-    return Sums(top, jnp.exp(logits - jnp.expand_dims(finite(top), axis)).sum(axis))
+    return Sums(top, exp(logits - jnp.expand_dims(finite(top), axis)).sum(axis))
 
 
 def _join(a: Sums, b: Sums) -> Sums:
@@ -100,22 +103,27 @@ def _collect(sums: Sums, axes: Axes) -> Sums:
     return Sums(lax.dynamic_slice_in_dim(top, at, len(mine)), mine)
 
 
-def _softmax_weights(logits: jax.Array, row: Sums, column: Sums) -> jax.Array:
+def softmax_weights(
+    logits: Float[Array, "m n"],
+    row: Sums,
+    column: Sums,
+    exp: Callable[[jax.Array], jax.Array] = jnp.exp,
+) -> Float[Array, "m n"]:
     """Derivative by each logit; a state has the (finite) maximum and the derivative by the sum."""
-    by_row = jnp.exp(logits - row.max[:, None]) * row.sum[:, None]
-    by_column = jnp.exp(logits - column.max[None, :]) * column.sum[None, :]
+    by_row = exp(logits - row.max[:, None]) * row.sum[:, None]
+    by_column = exp(logits - column.max[None, :]) * column.sum[None, :]
     return by_row + by_column
 
 
 # Rows and columns each have a normaliser: both directions of the loss come from one tile.
 SOFTMAX = Form(
     start=_nothing,
-    rows=lambda logits: _exp_sums(logits, 1),
-    columns=lambda logits: _exp_sums(logits, 0),
+    rows=lambda logits: exp_sums(logits, 1),
+    columns=lambda logits: exp_sums(logits, 0),
     join=_join,
     total=_total,
     collect=_collect,
-    weights=_softmax_weights,
+    weights=softmax_weights,
 )
 
 # -log sigmoid(-x) = softplus(x) of every pair; rows alone see them all, so columns carry nothing.
