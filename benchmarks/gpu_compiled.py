@@ -18,8 +18,8 @@ import time
 
 import jax
 from gpu_encode import encoder, inputs_of
-from gpu_loss import DIM, PRODUCTS, program_of
-from gpu_parts import PARTS, STEP, named
+from gpu_loss import DIM, PRODUCTS, blocks_of, program_of
+from gpu_parts import LOSS, PARTS, STEP, named
 from gpu_rows import what
 from gpu_step import model_flops, model_of, prepared
 from jax.sharding import SingleDeviceSharding
@@ -33,9 +33,9 @@ from m2jax.plan.compile import OPTIONS
 from m2jax.train.flops import traced
 
 PRODUCT_RATE, COPY_RATE = 790e12, 4.3e12  # of an H200, as seen with PyTorch
-KINDS = {STEP: "train", "gpu_encode:encodings": "encode", "gpu_loss:losses": "loss"}
-HEAD = ("date", "what", "rows", "GiB held", "TFLOP done", "GB moved", "products ms", "modelled ms",
-        "MFU of datasheet")  # fmt: skip
+KINDS = {STEP: "train", "gpu_encode:encodings": "encode", LOSS: "loss"}
+HEAD = ("date", "what", "rows", "GiB held", "of it temporaries", "TFLOP done", "GB moved",
+        "products ms", "modelled ms", "MFU of datasheet")  # fmt: skip
 
 
 def lowered_of(kind: str, case: dict, machine) -> tuple:
@@ -54,7 +54,9 @@ def lowered_of(kind: str, case: dict, machine) -> tuple:
     if kind == "loss":
         pairs = there(jax.ShapeDtypeStruct((case["pairs"], DIM), "float32"))
         scale = there(jax.ShapeDtypeStruct((), "float32"))
-        lowered = program_of(case, case.get("tile", 1024)).lower(pairs, pairs, scale)
+        mesh = make_mesh(Mesh(), machine.devices)
+        with blocks_of(case):
+            lowered = program_of(case, case.get("tile", 1024), mesh=mesh).lower(pairs, pairs, scale)
         return lowered, case["pairs"], PRODUCTS * 2.0 * case["pairs"] ** 2 * DIM
     case = {"attention": "batch", "products": "", "param_dtype": "bfloat16", **case}
     cfg = model_of(case, False)
@@ -98,6 +100,7 @@ def row(kind: str, case: dict, machine, chip, top: int) -> list[str]:
     share = needed / figures["seconds"] / machine.chip.peak_flops
     cells = (
         datetime.date.today(), what({"name": kind}, case), rows, f"{held / 2**30:.1f}",
+        f"{memory.temp_size_in_bytes / 2**30:.2f}",
         f"{figures['done'] / 1e12:.1f}", f"{figures['moved'] / 1e9:.0f}",
         f"{1e3 * figures['products']:.1f}", f"{1e3 * figures['seconds']:.1f}",
         f"{100 * share:.1f} %",

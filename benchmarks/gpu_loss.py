@@ -6,11 +6,15 @@ gradient. The block-wise forms make the logits a second time instead of keeping 
 the best they could do; ``dense`` keeps them.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 import jax
 import jax.numpy as jnp
 from gpu_clock import Rows, measure
 from gpu_device import compiled_together, memory_limit, space, traced, wait
 
+from m2jax.losses import fused
 from m2jax.losses.contrastive import contrastive_loss
 
 DIM, TINY_PAIRS, TINY_DIM, TINY_TILE = 1024, 256, 64, 64
@@ -24,13 +28,14 @@ def pairs_of(pairs: int, dim: int) -> tuple[jax.Array, jax.Array]:
     return tuple(x / jnp.linalg.norm(x, axis=1, keepdims=True) for x in (image, text))
 
 
-def program_of(case: dict, tile: int):
-    """(image, text, scale) -> value and gradients."""
+def program_of(case: dict, tile: int, smoke: bool = False, mesh=None):
+    """(image, text, scale) -> value and gradients. Smoke runs take Pallas's interpreter."""
+    kernel = case.get("kernel", "xla")
+    kernel = fused.INTERPRET if smoke and kernel == "pallas" else kernel
+    options = {"wire_dtype": case.get("wire", ""), "tile": tile, "kernel": kernel, "mesh": mesh}
 
     def loss(image, text, scale):
-        return contrastive_loss(
-            image, text, scale, impl=case["impl"], wire_dtype=case.get("wire", ""), tile=tile
-        )
+        return contrastive_loss(image, text, scale, impl=case["impl"], **options)
 
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
 
@@ -44,12 +49,26 @@ def losses(cases: list[dict], rows: Rows, smoke: bool) -> None:
         rows.attempt(case, lambda p=pairs, run=program, s=seconds: _timed(p, run, s, memory, smoke))
 
 
+@contextlib.contextmanager
+def blocks_of(case: dict) -> Iterator[None]:
+    """The kernels of ``case["blocks"]`` (rows, columns, depth, warps, stages), for 16-bit types."""
+    kept = dict(fused.BLOCKS)
+    if "blocks" in case:
+        fused.BLOCKS[2] = fused.Blocks(*case["blocks"])
+    try:
+        yield
+    finally:
+        fused.BLOCKS.update(kept)
+
+
 def _prepared(case: dict, smoke: bool) -> tuple:
     pairs, dim = (TINY_PAIRS, TINY_DIM) if smoke else (case["pairs"], DIM)
     shape = jax.ShapeDtypeStruct((pairs, dim), jnp.float32)
     scale = jax.ShapeDtypeStruct((), jnp.float32)
     tile = TINY_TILE if smoke else case.get("tile", 1024)
-    return case, (pairs, dim), traced(program_of(case, tile), shape, shape, scale)
+    with blocks_of(case):
+        lowered = traced(program_of(case, tile, smoke), shape, shape, scale)
+    return case, (pairs, dim), lowered
 
 
 def _timed(size: tuple[int, int], program, compile_seconds: float, memory: float, smoke: bool):

@@ -41,6 +41,10 @@ SIZES = ("size", "batch", "pairs", "tile")  # of a case: they change no path
 ENCODE_FAST = {"attention": "cudnn", "fused_qkv": False}
 EIGHT_BITS = ({}, {"products": "int8"}, {"products": "fp8"})
 STEP, PEER, HUGGING_FACE = "gpu_step:steps", "gpu_torch:peers", "gpu_hf:peers"
+LOSS, CHUNKED = "gpu_loss:losses", {"impl": "chunked", "wire": "bfloat16"}
+# Blocks of the loss's kernels of which a multiprocessor has room for two: one's exponentials may
+# run beside the other's products, but more bytes of features are read for each product.
+TWO_AT_A_TIME = (128, 128, 64, 4, 3)
 TORCH = ("torch",)
 
 PARTS = (
@@ -61,19 +65,27 @@ PARTS = (
         {"batch": 128, "stream": "bfloat16"},
         kind="train",
     ), needs=TORCH),
-    Part("loss", "gpu_loss:losses", 80, (
-        {"pairs": 262_144, "impl": "chunked", "tile": 4096, "wire": "bfloat16"},
-        {"pairs": 262_144, "impl": "chunked", "tile": 2048, "wire": "bfloat16"},
-        {"pairs": 262_144, "impl": "chunked", "tile": 1024, "wire": "bfloat16"},
-        {"pairs": 32_768, "impl": "chunked", "tile": 4096, "wire": "bfloat16"},
+    Part("loss", LOSS, 90, (
+        {"pairs": 262_144, **CHUNKED, "tile": 4096},
+        {"pairs": 262_144, **CHUNKED, "tile": 4096, "kernel": "pallas"},
+        {"pairs": 262_144, **CHUNKED, "tile": 2048, "kernel": "pallas"},
+        {"pairs": 262_144, **CHUNKED, "tile": 2048},
+        {"pairs": 32_768, **CHUNKED, "tile": 4096, "kernel": "pallas"},
+        {"pairs": 32_768, **CHUNKED, "tile": 4096},
         {"pairs": 32_768, "impl": "dense"},
+        {"pairs": 262_144, **CHUNKED, "tile": 4096, "kernel": "pallas", "blocks": TWO_AT_A_TIME},
+        {"pairs": 262_144, **CHUNKED, "tile": 1024, "kernel": "pallas"},
+        {"pairs": 262_144, **CHUNKED, "tile": 1024},
+        {"pairs": 131_072, **CHUNKED, "tile": 4096},
         {"pairs": 262_144, "impl": "chunked", "tile": 4096},
-        {"pairs": 131_072, "impl": "chunked", "tile": 4096, "wire": "bfloat16"},
-        {"pairs": 1_048_576, "impl": "chunked", "tile": 4096, "wire": "bfloat16"},
     )),
     Part("kernels 1b", "gpu_trace:traces", 60, (SHIPPED,), NO_COMMAND_BUFFERS),
     Part("encode 1b", "gpu_encode:encodings", 60,
          encoding("1b", {"image": 512, "text": 2048}, *EIGHT_BITS, ENCODE_FAST)),
+    Part("loss 1m", LOSS, 90, (
+        {"pairs": 1_048_576, **CHUNKED, "tile": 4096, "kernel": "pallas"},
+        {"pairs": 1_048_576, **CHUNKED, "tile": 4096},
+    )),
     Part("train 10b-slice", STEP, 90, training(
         "10b-slice",
         {"batch": 128, "remat": "attention", "attention": "cudnn", "fused_qkv": False},

@@ -13,7 +13,8 @@ from m2jax.dist.topology import chip_of
 EMPTY = "-"
 PEERS = {"torch": "PyTorch", "hf": "transformers"}  # by the first word of a part's name
 SIZES = ("size", "modality", "pairs", "impl", "form", "ranks", "tile", "wire", "objectives",
-         "remat", "attention", "unroll", "fused_qkv", "products", "compile", "stream")  # fmt: skip
+         "remat", "attention", "unroll", "fused_qkv", "products", "compile", "stream",
+         "kernel", "blocks")  # fmt: skip
 
 
 class Run(NamedTuple):

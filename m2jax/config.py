@@ -162,6 +162,7 @@ class Contrastive:
     group: int = 0  # devices that gather (grid) or share negatives (grouped); 0: chosen by impl
     wire_dtype: str = ""  # of features between devices and in products; "": as the model gives them
     tile: int = 1024  # rows of logits in memory at a time, by 4 columns each
+    kernel: str = "xla"  # what computes a tile: xla | pallas (NVIDIA GPUs; never timed)
     mask_same_caption: bool = False  # rows with the same caption are no negatives of each other
     backbone_weight: float = 0.5  # of the loss on backbone features; 1 - it is on the vl features
     text_text: float = 0.0  # weight of the contrast between the first two languages

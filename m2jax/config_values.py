@@ -59,6 +59,7 @@ _CHOICES: Mapping[tuple[str, str], tuple[str, ...]] = types.MappingProxyType(
         ("MaskedImage", "target"): ("pixels", "tokens"),
         ("VisualTokenizer", "target"): ("features", "pixels"),
         ("Loss", "joint_vl"): ("split", "A", "B"),
+        ("Contrastive", "kernel"): ("xla", "pallas"),
         ("Contrastive", "wire_dtype"): ("", "bfloat16", "float16", "float32"),
         ("Contrastive", "impl"): (
             "dense",

@@ -19,10 +19,11 @@ from jaxtyping import Array, Float, Int
 
 from m2jax.config import UserError
 from m2jax.dist.sharding import BATCH_AXES
-from m2jax.losses.layout import IMPLS, make_layout
+from m2jax.losses import fused
+from m2jax.losses.layout import IMPLS, TILED, make_layout
 from m2jax.losses.local import gathered_sums
-from m2jax.losses.ring import PADDING, Pairs, pair_sums
-from m2jax.losses.tiles import SIGMOID, SOFTMAX, Sums
+from m2jax.losses.ring import Pairs, pair_sums
+from m2jax.losses.tiles import PADDING, SIGMOID, SOFTMAX, Sums, rounded
 
 
 def contrastive_loss(
@@ -38,6 +39,7 @@ def contrastive_loss(
     label_smoothing: float = 0.0,
     wire_dtype: str = "",
     tile: int = 1024,
+    kernel: str = "xla",
 ) -> Float[Array, ""]:
     """Mean of the image-to-text and text-to-image cross-entropies (Radford et al. 2021, figure 3).
 
@@ -64,32 +66,37 @@ def contrastive_loss(
         wire_dtype: rounds the features, and sends and multiplies them in this type ("bfloat16");
             "" keeps their own. Gradients travel in float32 or wider and skip the rounding.
         tile: rows of logits in memory at a time, at most, by 4 columns each (block-wise forms).
+        kernel: what computes a tile of the forms that have tiles (all but ``dense`` and ``local``):
+            ``xla``, or ``pallas`` on NVIDIA GPUs, which keeps logits off the memory and has been
+            compiled for them but never timed; ``interpret`` is ``pallas`` run slowly anywhere.
 
     Returns:
         The loss in float32, or in the inputs' precision where that is higher.
 
     Raises:
         ValueError: an unknown ``impl``, shapes that differ, options that exclude each other.
-        UserError: a batch or group that does not fit the mesh.
+        UserError: a batch or group that does not fit the mesh; ``pallas`` without NVIDIA GPUs,
+            without tiles or in float64.
     """
     _check(image, text, bias, impl, ids, label_smoothing, group, tile)
     wide = jnp.promote_types(image.dtype, jnp.float32)
     wire = jnp.dtype(wire_dtype or image.dtype)
-    image, text = _rounded(image, wire), _rounded(text, wire)
     scale = jnp.asarray(scale, wide)
+    _check_kernel(kernel, impl, mesh, wide, wire)
     if impl == "dense":
         if group is not None:
             raise ValueError(f"contrastive_loss: group={group} means nothing to impl='dense'")
-        return _dense(
-            image.astype(wide), text.astype(wide), scale, bias, mesh, ids, label_smoothing
-        )
+        image, text = (_straight(x, wire).astype(wide) for x in (image, text))
+        return _dense(image, text, scale, bias, mesh, ids, label_smoothing)
     layout = make_layout(mesh, impl, group)
     if len(image) % layout.size(layout.rows):
         raise UserError(
             f"contrastive_loss: {len(image)} rows do not divide over {layout.size(layout.rows)} "
             "devices: change the batch size or the mesh"
         )
-    pairs = Pairs(layout, SOFTMAX if bias is None else SIGMOID, tile, wire)
+    pairs = Pairs(
+        layout, SOFTMAX if bias is None else SIGMOID, tile, wire, fused.make_kernel(kernel)
+    )
     sums = gathered_sums if impl == "local" else pair_sums
     return _from_sums(sums, pairs, image, text, scale, bias, ids, label_smoothing)
 
@@ -113,7 +120,7 @@ def _from_sums(
     # Unsigned ones wrap. The two lowest of the 2^32 become one.
     ids = jnp.maximum(ids.astype(jnp.int32), PADDING + 1)
     rows, columns = sums_of(pairs, image, text, ids, scale, shift)
-    image, text = image.astype(wide), text.astype(wide)
+    image, text = (_straight(x, pairs.wire).astype(wide) for x in (image, text))
     own = scale * (image * text).sum(1) + shift
     if bias is not None:
         return jnp.mean(rows + jax.nn.softplus(-own))
@@ -146,16 +153,28 @@ def _check(
         raise ValueError("contrastive_loss: label_smoothing goes with neither bias nor ids")
 
 
-def _rounded(features: jax.Array, wire: Any) -> jax.Array:
-    """Features rounded to a narrower type but kept in theirs; gradients pass as if they were not.
+def _check_kernel(kernel: str, impl: str, mesh: Mesh | None, wide: Any, wire: Any) -> None:
+    if kernel == "xla":
+        return
+    if kernel not in ("pallas", fused.INTERPRET):
+        raise ValueError(f"contrastive_loss: kernel={kernel!r} is unknown: use xla or pallas")
+    fused.check(kernel, mesh)
+    if impl not in TILED:
+        raise UserError(
+            f"contrastive_loss: kernel={kernel} means nothing to impl={impl}, which has no tiles: "
+            f"use kernel=xla or one of {', '.join(TILED)}"
+        )
+    if wide == jnp.float64 or wire.itemsize not in fused.BLOCKS:
+        raise UserError(
+            f"contrastive_loss: kernel={kernel} adds up in float32 what it multiplies in 16 or 32 "
+            f"bits, and features are {wire} in products: give it such, or use kernel=xla"
+        )
 
-    ``reduce_precision`` because compilers may drop a cast there and back.
-    """
-    if jnp.promote_types(wire, features.dtype) == wire:
-        return features
-    info = jnp.finfo(wire)
-    narrow = lax.reduce_precision(features, info.nexp, info.nmant)
-    return features + lax.stop_gradient(narrow - features)
+
+def _straight(features: jax.Array, wire: Any) -> jax.Array:
+    """Rounded features, through which gradients pass as if they were not."""
+    narrow = rounded(features, wire)
+    return features if narrow is features else features + lax.stop_gradient(narrow - features)
 
 
 def _cross_entropy_of(sums: Sums, own: Float[Array, " n"]) -> Float[Array, " n"]:

@@ -25,6 +25,7 @@ from m2jax.dist.sharding import BATCH_AXES
 
 SLOW_AXIS = "replica"  # between slices, over the data-center network
 IMPLS = ("local", "chunked", "ring", "grid", "hierarchical", "grouped")
+TILED = tuple(impl for impl in IMPLS if impl != "local")  # those of ring.py
 
 
 class Layout(NamedTuple):

@@ -23,9 +23,8 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from m2jax.losses.layout import Layout, gather, scatter_sum
-from m2jax.losses.tiles import Form, Sums, finite
+from m2jax.losses.tiles import PADDING, XLA, Form, Kernel, Rows, Sums, finite, product, rounded
 
-PADDING = -(2**31)  # the id of rows that fill up the last tile
 BREADTH = 4  # a tile's columns per row: few rows keep the travelling buffers small
 
 
@@ -36,6 +35,7 @@ class Pairs(NamedTuple):
     form: Form
     tile: int  # most rows of a slice
     wire: Any  # type of features between devices and in products, which add up in >= float32
+    kernel: Kernel = XLA  # what computes a tile
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -94,7 +94,13 @@ def on_devices(pairs: Pairs, body: Callable, inputs: tuple, outputs: tuple) -> C
     """The body on every device of the layout, or as it is on one device."""
     if pairs.layout.mesh is None:
         return body
-    return jax.shard_map(body, mesh=pairs.layout.mesh, in_specs=inputs, out_specs=outputs)
+    return jax.shard_map(
+        body,
+        mesh=pairs.layout.mesh,
+        in_specs=inputs,
+        out_specs=outputs,
+        check_vma=pairs.kernel.typed,
+    )
 
 
 def _forward(
@@ -107,27 +113,29 @@ def _forward(
 ) -> tuple[Any, Any]:
     """One device's share of the sums: its own image rows and text rows."""
     form, rows = pairs.form, len(image)
-    moving = jax.tree.map(functools.partial(_slices, pairs), (image.astype(pairs.wire), ids))
-    held = _held(pairs, (text.astype(pairs.wire), ids))
-    padded = moving[1].size != rows
+    moving = jax.tree.map(functools.partial(_slices, pairs), Rows(image, ids))
+    held = _held(pairs, Rows(text.astype(pairs.wire), ids))
+    padded = moving.ids.size != rows
 
     def visit(block: Any, columns: Any) -> tuple[Any, Any]:
         """A slice meets every held tile: sums of its rows, and the columns' sums so far."""
 
         def tile(at: jax.Array, carry: Any) -> Any:
             totals, columns = carry
-            logits = _logits(block, _at(held, at), scale, bias, padded=padded)
-            column = form.join(_at(columns, at), form.columns(logits))
-            return form.join(totals, form.rows(logits)), _put(columns, column, at)
+            row, column = pairs.kernel.sums(form, block, _at(held, at), scale, bias, padded=padded)
+            column = form.join(_at(columns, at), column)
+            return form.join(totals, row), _put(columns, column, at)
 
-        start = _varying(pairs, form.start(block[1].shape, scale.dtype))
-        return lax.fori_loop(0, len(held[1]), tile, (start, columns))
+        start = _varying(pairs, form.start(block.ids.shape, scale.dtype))
+        return lax.fori_loop(0, len(held.ids), tile, (start, columns))
 
     def send(columns: Any, block: Any) -> tuple[Any, Any]:
+        # One slice at a time: all of them in another type would stay in memory beside the rows.
+        block = block._replace(features=rounded(block.features, pairs.wire).astype(pairs.wire))
         totals, columns = go_round(pairs.layout.rings, block, columns, visit, form.join)
         return columns, totals
 
-    columns = _varying(pairs, form.start(held[1].shape, scale.dtype))
+    columns = _varying(pairs, form.start(held.ids.shape, scale.dtype))
     columns, totals = lax.scan(send, columns, moving)
     totals, columns = jax.tree.map(lambda x: x.reshape(-1), (totals, columns))
     if pairs.layout.held:
@@ -147,10 +155,9 @@ def _backward(
 ) -> tuple[jax.Array, ...]:
     """One device's share of the gradients, from the states of its own rows."""
     form, rows, wide = pairs.form, len(image), scale.dtype
-    image, text = image.astype(pairs.wire), text.astype(pairs.wire)
-    moving = jax.tree.map(functools.partial(_slices, pairs), (image, ids, row_state))
-    held = _held(pairs, (text, ids, column_state))
-    padded = moving[1].size != rows
+    moving = jax.tree.map(functools.partial(_slices, pairs), Rows(image, ids, row_state))
+    held = _held(pairs, Rows(text.astype(pairs.wire), ids, column_state))
+    padded = moving.ids.size != rows
 
     def visit(block: Any, d_held: jax.Array) -> tuple[Any, Any]:
         """A slice meets every held tile: its own gradient, and the held rows' so far."""
@@ -158,28 +165,27 @@ def _backward(
         def tile(at: jax.Array, carry: Any) -> Any:
             (d_block, total), d_held = carry
             against = _at(held, at)
-            logits = _logits(block, against, scale, bias, padded=padded)
-            weights = form.weights(logits, block[2], against[2])
-            total = total + weights.sum(1)
-            weights = weights.astype(pairs.wire)
-            d_block = d_block + _product(weights, against[0], wide)
-            d_tile = _at(d_held, at) + _product(weights.T, block[0], wide)
-            return (d_block, total), _put(d_held, d_tile, at)
+            weights, added = pairs.kernel.weights(form, block, against, scale, bias, padded=padded)
+            d_block = d_block + product(weights, against.features, wide)
+            d_tile = _at(d_held, at) + product(weights.T, block.features, wide)
+            return (d_block, total + added), _put(d_held, d_tile, at)
 
-        zeros = jnp.zeros(block[0].shape, wide), jnp.zeros(block[1].shape, wide)
-        return lax.fori_loop(0, len(held[1]), tile, (_varying(pairs, zeros), d_held))
+        zeros = jnp.zeros(block.features.shape, wide), jnp.zeros(block.ids.shape, wide)
+        return lax.fori_loop(0, len(held.ids), tile, (_varying(pairs, zeros), d_held))
 
     def send(d_held: Any, block: Any) -> tuple[Any, Any]:
         add = functools.partial(jax.tree.map, jnp.add)
-        d_block, d_held = go_round(pairs.layout.rings, block, d_held, visit, add)
-        return d_held, d_block
+        features = rounded(block.features, pairs.wire)
+        block = block._replace(features=features.astype(pairs.wire))
+        (d_block, total), d_held = go_round(pairs.layout.rings, block, d_held, visit, add)
+        return d_held, (d_block, total, (features.astype(wide) * d_block).sum())
 
-    d_text = _varying(pairs, jnp.zeros(held[0].shape, wide))
-    d_text, (d_image, total) = lax.scan(send, d_text, moving)
+    d_text = _varying(pairs, jnp.zeros(held.features.shape, wide))
+    d_text, (d_image, total, d_scale) = lax.scan(send, d_text, moving)
     d_text = d_text.reshape(-1, text.shape[1])
     d_text = scatter_sum(d_text, pairs.layout.held)
     d_image = d_image.reshape(-1, image.shape[1])[:rows]
-    d_scale, d_bias = (image.astype(wide) * d_image).sum(), total.reshape(-1)[:rows].sum()
+    d_scale, d_bias = d_scale.sum(), total.reshape(-1)[:rows].sum()
     if pairs.layout.mesh is not None:
         d_scale, d_bias = lax.psum((d_scale, d_bias), pairs.layout.rows)
     return scale * d_image, scale * d_text[:rows], d_scale, d_bias
@@ -227,22 +233,6 @@ def go_round(
         carry = stop(*carry, last=True)
     _, added, held = carry
     return join(own, pass_on(added)), held
-
-
-def _logits(
-    block: Any, against: Any, scale: jax.Array, bias: jax.Array, *, padded: bool
-) -> jax.Array:
-    """One tile; pairs of equal ids and padding are -inf."""
-    logits = scale * _product(block[0], against[0].T, scale.dtype) + bias
-    ours, theirs = block[1][:, None], against[1][None, :]
-    keep = ours != theirs
-    if padded:
-        keep = keep & (ours != PADDING) & (theirs != PADDING)
-    return jnp.where(keep, logits, -jnp.inf)
-
-
-def _product(a: jax.Array, b: jax.Array, wide: Any) -> jax.Array:
-    return jnp.matmul(a, b, preferred_element_type=wide)
 
 
 def _slices(pairs: Pairs, x: jax.Array) -> jax.Array:

@@ -14,6 +14,7 @@ from m2jax.config import Experiment, UserError
 from m2jax.dist.sharding import batch_sharding, replicated
 from m2jax.dist.topology import Topology, uncached
 from m2jax.losses.contrastive import contrastive_loss
+from m2jax.losses.layout import TILED
 from m2jax.plan import collectives, hlo, loops
 from m2jax.plan.compile import OPTIONS, out_of_memory
 
@@ -57,6 +58,7 @@ def _cost(impl: str, experiment: Experiment, topology: Topology, mesh: Mesh) -> 
             label_smoothing=cfg.label_smoothing,
             wire_dtype=cfg.wire_dtype,
             tile=cfg.tile,
+            kernel=cfg.kernel if impl in TILED else "xla",
         )
 
     places: Any = (batch_sharding(mesh), batch_sharding(mesh), replicated(mesh))

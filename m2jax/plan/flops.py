@@ -145,6 +145,8 @@ def instruction_flops(module: Module, computation: Computation, instruction: Ins
         return _convolution(computation, instruction)
     if instruction.opcode == "custom-call" and '"__cublas$' in instruction.attributes:
         return _gemm(computation, instruction)
+    if instruction.opcode == "custom-call" and re.search(OWN_KERNELS, instruction.op_name or ""):
+        return _logits(computation, instruction)
     if instruction.opcode in ("fusion", "call", "async-start", "call-start"):
         return sum(
             instruction_flops(module, module.computations[name], inner)
@@ -152,6 +154,17 @@ def instruction_flops(module: Module, computation: Computation, instruction: Ins
             for inner in module.computations[name].instructions.values()
         )
     return 0.0
+
+
+# Of losses/fused.py. Whatever the program it became, its first and last matrices are features.
+OWN_KERNELS = r"/contrastive_(sums|weights)(/|$)"
+
+
+def _logits(computation: Computation, instruction: Instruction) -> float:
+    """A tile of logits: every row of features with every other side's."""
+    sides = [operand(computation, instruction, i) for i in range(len(instruction.operands))]
+    rows, columns = (side.shape for side in sides if len(side.shape) == 2)
+    return 2.0 * rows[0] * columns[0] * rows[1]
 
 
 def operand(computation: Computation, instruction: Instruction, index: int) -> Array:

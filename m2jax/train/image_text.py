@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from m2jax.config import Contrastive, Experiment, Loss, UserError
 from m2jax.data.augment import augment
 from m2jax.losses.contrastive import contrastive_loss
+from m2jax.losses.layout import TILED
 from m2jax.models import params as params_lib
 from m2jax.models.depth import layer_scales
 from m2jax.models.m2 import Features as Encoded
@@ -254,6 +255,7 @@ class ImageTextTask:
             label_smoothing=cfg.label_smoothing,
             wire_dtype=cfg.wire_dtype,
             tile=cfg.tile,
+            kernel=cfg.kernel,
         )
 
 
@@ -263,6 +265,11 @@ def _check(cfg: Contrastive) -> None:
         raise UserError(
             f"loss.contrastive.label_smoothing={cfg.label_smoothing}: does not go with "
             f"loss.contrastive.{other}: set one of them back"
+        )
+    if cfg.kernel != "xla" and cfg.impl not in TILED:
+        raise UserError(
+            f"loss.contrastive.kernel={cfg.kernel}: impl={cfg.impl} has no tiles: use kernel=xla "
+            f"or one of {', '.join(TILED)}"
         )
 
 

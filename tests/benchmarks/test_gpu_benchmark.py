@@ -175,6 +175,21 @@ def test_the_roofline_of_the_loss_is_what_the_dense_form_does(gpu):
     assert flops.traced(jaxpr) == gpu.loss.PRODUCTS * 2 * pairs**2 * dim
 
 
+def test_the_loss_of_every_kernel_is_one_number(gpu, tmp_path):
+    cases = [case for part in gpu.parts.PARTS if part.name == "loss" for case in part.cases]
+    plain = next(c for c in cases if c["impl"] == "chunked" and "kernel" not in c)
+    own = next(c for c in cases if c.get("kernel") == "pallas" and "blocks" not in c)
+    cut = next(c for c in cases if "blocks" in c)
+    blocks = dict(gpu.loss.fused.BLOCKS)
+    with gpu.loss.blocks_of(cut):
+        assert gpu.loss.fused.BLOCKS[2] == cut["blocks"] != blocks[2]
+    assert gpu.loss.fused.BLOCKS == blocks
+    gpu.loss.losses([plain, own, cut], gpu.clock.Rows(tmp_path / "rows", 300), smoke=True)
+    found = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
+    assert [row.get("error") for row in found] == [None] * 3
+    assert [row["loss"] for row in found] == pytest.approx([found[0]["loss"]] * 3, abs=1e-6)
+
+
 def test_accuracy_is_one_minus_the_cosine(gpu):
     found = gpu.encode.off(jnp.array([[1.0, 0.0], [1.0, 1.0]]), jnp.array([[2.0, 0.0], [1.0, 0.0]]))
     assert found["mean_off"] == pytest.approx((1 - 0.5**0.5) / 2)

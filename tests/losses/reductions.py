@@ -24,9 +24,9 @@ TOLERANCE = {"float64": (1e-12, 1e-12), "float32": (1e-6, 1e-5)}  # of the value
 DIM = 16
 
 
-def features(seed, n, kind="random", dtype="float64"):
+def features(seed, n, kind="random", dtype="float64", dim=DIM):
     """Unit rows: ``random``, ``aligned`` (a text is its image) or ``close`` (nearly)."""
-    image, text = np.random.default_rng(seed).normal(size=(2, n, DIM))
+    image, text = np.random.default_rng(seed).normal(size=(2, n, dim))
     text = {"random": text, "aligned": image, "close": image + 0.5 * text}[kind]
     return tuple(
         (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(dtype) for x in (image, text)

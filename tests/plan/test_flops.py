@@ -127,6 +127,22 @@ def test_products_of_a_library(target: str) -> None:
     assert one_line(plain) == 2 * (64 * 12 * 52 * 64) * 52 * 32
 
 
+@pytest.mark.parametrize(("called", "product"), [
+    ("jit(step)/while/body/contrastive_sums/pallas_call", 1), ("jit(step)/other/pallas_call", 0),
+])  # fmt: skip
+def test_products_of_our_own_kernels(called: str, product: int) -> None:
+    text = (
+        "ENTRY %main (a: bf16[8,16], i: s32[8], b: bf16[32,16]) -> f32[2,8] {\n"
+        "  %a = bf16[8,16] parameter(0)\n  %i = s32[8] parameter(1)\n"
+        "  %b = bf16[32,16] parameter(2)\n"
+        '  ROOT %c = f32[2,8] custom-call(%a, %i, %b), custom_call_target="__gpu$xla.gpu.triton", '
+        f'metadata={{op_name="{called}"}}\n}}\n'
+    )
+    module = hlo.parse(text)
+    work, _ = flops.of_program(module, loops.walk(module), CHIPS["h200"])
+    assert work == product * 2 * 8 * 32 * 16
+
+
 @pytest.mark.parametrize(("dtype", "kind", "faster"), [
     ("bf16", "v5e", 1), ("s8", "v5e", 2), ("f8e4m3fn", "v5e", 2), ("s8", "v4", 1),
 ])  # fmt: skip
