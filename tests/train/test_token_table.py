@@ -43,6 +43,7 @@ def agree(cfg, sizes):
     spread, text = gradient(cfg, config.Mesh(**sizes), 8)
     assert np.abs(alone).max() > 0
     np.testing.assert_allclose(spread, alone, rtol=0, atol=1e-5 * np.abs(alone).max())
+    assert text
     return text
 
 
