@@ -26,7 +26,7 @@ from m2jax.data.text import Speller
 from m2jax.dist.mesh import make_mesh
 from m2jax.dist.sharding import AxisRules, gathered, replicated, spread
 from m2jax.losses.language import linear_cross_entropy
-from m2jax.models import generate
+from m2jax.models import generate, layers
 from m2jax.models import params as params_lib
 from m2jax.models.generate import Search
 from m2jax.models.heads import Heads
@@ -158,7 +158,8 @@ def _rate(graphs, mesh, vocab_size, params, pixels, language, ids, mask) -> jax.
         memory = model.encode_image(pixels).vl.tokens
         memory = jnp.broadcast_to(memory, (len(ids), *memory.shape[1:]))
         # As in training: what stands before a word predicts it, the first from the language's tag.
-        states = heads.caption(table[ids[:, 1:-1]].astype(model.dtype), language, memory)
+        words = layers.lookup(table, ids[:, 1:-1], model.dtype)
+        states = heads.caption(words, language, memory)
         return whole(jax.vmap(of_text)(states, ids[:, 1:], mask[:, 1:].astype(jnp.float32)))
 
 

@@ -39,13 +39,19 @@ class AxisRules:
     features: MeshAxes = None  # output dimension of the ITC heads
     layers: MeshAxes = None  # the scanned axis of a stack
 
+    @property
+    def rows(self) -> MeshAxes:
+        """The axes of ``batch`` without those of ``embed``: for arrays that have both."""
+        width = _as_tuple(self.embed)
+        return tuple(axis for axis in _as_tuple(self.batch) if axis not in width)
+
     def spec(self, logical_axes: Sequence[str | None]) -> PartitionSpec:
         """The partition of an array whose axes are named.
 
         Raises:
             UserError: an unknown logical name, or one mesh axis used for two axes of the array.
         """
-        known = {field.name for field in dataclasses.fields(self)}
+        known = {"rows", *(field.name for field in dataclasses.fields(self))}
         for name in logical_axes:
             if name is not None and name not in known:
                 raise UserError(f"logical axis {name!r}: no such rule: use one of {sorted(known)}")

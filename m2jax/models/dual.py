@@ -127,7 +127,7 @@ class TextTower(nnx.Module):
         self, ids: Int[Array, "b l"], mask: Bool[Array, "b l"], dtype: jnp.dtype
     ) -> DualFeatures:
         """Encodes ids; ``mask`` is 1 for tokens, 0 for padding."""
-        x = self.embed[...][ids].astype(dtype)
+        x = layers.lookup(self.embed[...], ids, dtype)
         x = x + self.positions[...][: ids.shape[1]].astype(dtype)
         if self.types is not None:
             x = x + self.types[...][0].astype(dtype)

@@ -14,8 +14,9 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
+from m2jax.dist.sharding import constrain
 from m2jax.models import fused_attention, quantised
 
 Stack = tuple[int, ...]
@@ -49,6 +50,24 @@ def constant(value: float) -> Init:
 def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
     """Precision of statistics, softmax and losses: float32, or the input's where that is higher."""
     return jnp.promote_types(dtype, jnp.float32)
+
+
+@jax.named_scope("lookup")
+def lookup(
+    table: Float[Array, "vocab embed"], ids: Int[Array, "batch ..."], dtype: jnp.dtype
+) -> Float[Array, "batch ... embed"]:
+    """Rows of a table whose columns may lie on different devices, in the precision ``dtype``.
+
+    Every device first finds its columns for the ids of all devices that share the table, then they
+    exchange activations: each gets its own rows whole. The partitioner alone would gather the
+    table, and in the backward pass make the gradient of the whole table on each device and sum it
+    over all of them. So instead that gradient is only ever made for a device's own columns, and
+    summed over the devices that hold the same ones.
+    """
+    inner = (None,) * (ids.ndim - 1)
+    found = table[constrain(ids, ("rows", *inner))].astype(dtype)
+    found = constrain(found, ("rows", *inner, "embed"))
+    return constrain(found, ("batch", *inner, None))
 
 
 class Linear(nnx.Module):

@@ -214,7 +214,7 @@ class M2Encoder(nnx.Module):
         mask_token: Float[Array, " embed"] | None = None,
     ) -> Float[Array, "batch length embed"]:
         """Token embeddings with their positions; masked words become ``mask_token``."""
-        tokens = self.text_embed[...][ids].astype(self.dtype)
+        tokens = layers.lookup(self.text_embed[...], ids, self.dtype)
         if masked is not None and mask_token is not None:
             tokens = jnp.where(masked[..., None], mask_token.astype(self.dtype), tokens)
         return tokens + _positions(self.text_positions[...], tokens)

@@ -24,6 +24,7 @@ from m2jax.config import Experiment, UserError
 from m2jax.data.pairs import ANY, caption_languages
 from m2jax.losses import masked as masked_lib
 from m2jax.losses.language import linear_cross_entropy
+from m2jax.models import layers
 from m2jax.models import params as params_lib
 from m2jax.models.heads import Heads, PatchTokenHead
 from m2jax.models.m2 import M2Encoder, unit
@@ -185,7 +186,7 @@ class SyCoCaTask:
             patches = jnp.take_along_axis(memory[:, 1:], kept[..., None], axis=1)
             memory = jnp.concatenate([memory[:, :1], patches], axis=1)
         table, ids = model.text_embed[...], pairs.ids
-        words = table[ids[:, 1:-1]].astype(model.dtype)
+        words = layers.lookup(table, ids[:, 1:-1], model.dtype)
         assert heads.caption is not None  # its weight made it
         states = heads.caption(words, pairs.language, memory)
         return linear_cross_entropy(

@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The same mathematics in two ways: each way gives what the plain one gives."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+from m2jax import config
+from m2jax.dist.mesh import make_mesh
+from m2jax.dist.sharding import AxisRules, batch_sharding, use_rules
 from m2jax.models import layers
 
 RNG = np.random.default_rng(0)
@@ -56,3 +61,41 @@ def test_a_folded_norm_is_the_norm(rows):
     for linear, part in zip(linears, found, strict=True):
         wanted = y @ np.asarray(linear.kernel[...], np.float64) + np.asarray(linear.bias[...])
         np.testing.assert_allclose(part, wanted, rtol=0, atol=2e-5)
+
+
+PLACED = [{"data": 2, "fsdp": 4}, {"replica": 2, "fsdp": 2, "model": 2}, {"data": 4, "model": 2}]
+
+
+@pytest.mark.parametrize("sizes", PLACED, ids=str)
+@pytest.mark.parametrize(("inner", "dtype"), [((), "float32"), ((3,), "bfloat16")], ids=str)
+def test_a_lookup_is_indexing_wherever_the_table_lies(sizes, inner, dtype):
+    """Rows and gradient, also where the table is used a second time, as a tied decoder does.
+
+    The gradient is summed in the table's precision, whatever the activations'.
+    """
+    mesh, rules = make_mesh(config.Mesh(**{"data": 1, **sizes})), AxisRules()
+    table, change = numbers(24, 8), numbers(16, *inner, 8).astype(dtype)
+    ids = jnp.asarray(RNG.integers(0, 12, (16, *inner)), jnp.int32)  # each word more than once
+    place = rules.sharding(mesh, ("vocab", "embed"), table.shape)
+
+    def loss(table, ids, change):
+        with use_rules(mesh, rules):
+            found = layers.lookup(table, ids, jnp.dtype(dtype))
+        return (found * change).sum() + jnp.square(table).sum() / 2, found
+
+    inputs = (place, batch_sharding(mesh), batch_sharding(mesh))
+    outputs = (place, batch_sharding(mesh))
+    gradient = (
+        jax.jit(jax.grad(loss, has_aux=True), in_shardings=inputs, out_shardings=outputs)
+        .lower(table, ids, change)
+        .compile()
+    )
+    got, found = gradient(*jax.device_put((table, ids, change), inputs))
+    np.testing.assert_array_equal(found, table.astype(dtype)[ids])
+    wanted = np.asarray(table, np.float64)
+    np.add.at(wanted, np.asarray(ids).ravel(), np.asarray(change, np.float64).reshape(-1, 8))
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5)
+    # No device ever holds the whole table or its gradient, nor what all devices looked up.
+    text = gradient.as_text()
+    assert text
+    assert not re.search(rf"\[24,8\]|\[{','.join(map(str, change.shape))}\]", text)
