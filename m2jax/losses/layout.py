@@ -74,18 +74,35 @@ def make_layout(mesh: Mesh | None, impl: str, group: int | None = None) -> Layou
     inside = math.prod(size for axis, size in sizes.items() if axis != SLOW_AXIS)
     default = {"ring": 1, "hierarchical": inside, "grid": _cheapest(sizes, inside)}
     held = group or default.get(impl, everything)
-    parts = _cut(sizes, held)
-    layout = Layout(
-        _cut_mesh(mesh, {axis: (sizes[axis] // parts[axis], parts[axis]) for axis in axes}),
-        rows=tuple(name for axis in axes for name in (axis, f"{axis}_held")),
-        held=tuple(f"{axis}_held" for axis in axes),
-    )
+    cut, rows, moving, held_axes = _split(mesh, sizes, _cut(sizes, held))
+    layout = Layout(cut, rows=rows, held=held_axes)
     if impl == "grouped":
         _check_hosts(mesh, axes, held)
-        return layout._replace(alone=tuple(axes))
-    fast = tuple(axis for axis in axes if axis != SLOW_AXIS)
-    slow = tuple(axis for axis in axes if axis == SLOW_AXIS)
+        return layout._replace(alone=moving)
+    fast = tuple(axis for axis in moving if axis != SLOW_AXIS)
+    slow = tuple(axis for axis in moving if axis == SLOW_AXIS)
     return layout._replace(rings=tuple(ring for ring in (slow, fast) if layout.size(ring) > 1))
+
+
+def check_beside_cudnn(mesh: Mesh, impl: str, group: int | None = None) -> None:
+    """Refuses a layout that needs a mesh of its own, on which an axis of this one is two.
+
+    jax takes no second mesh in a program with cuDNN's attention, which it partitions by a rule of
+    the attention's own.
+
+    Raises:
+        UserError: a group that takes a part of an axis.
+    """
+    if impl == "dense" or make_layout(mesh, impl, group).mesh in (None, mesh):
+        return
+    sizes = [mesh.shape[axis] for axis in BATCH_AXES if axis in mesh.axis_names]
+    whole = [math.prod(sizes[i:]) for i in range(len(sizes), -1, -1)]
+    text = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
+    raise UserError(
+        f"loss.contrastive.impl={impl}: its group takes a part of an axis of the mesh ({text}), "
+        f"which jax refuses beside model.attention=cudnn: set loss.contrastive.group to one of "
+        f"{', '.join(str(n) for n in sorted(set(whole)))}"
+    )
 
 
 def _cut(sizes: dict[str, int], held: int) -> dict[str, int]:
@@ -121,16 +138,26 @@ def _cheapest(sizes: dict[str, int], inside: int) -> int:
     return min(fitting, key=lambda held: (everything // held + held, held))
 
 
-def _cut_mesh(mesh: Mesh, cuts: dict[str, tuple[int, int]]) -> Mesh:
-    """The same devices in the same order, each row axis in two: AXIS outside, AXIS_held inside.
+def _split(
+    mesh: Mesh, sizes: dict[str, int], parts: dict[str, int]
+) -> tuple[Mesh, tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """(mesh, axes of rows, those that are not held, those that are), from the held part of each.
 
-    A jitted program accepts several meshes over one order of devices, so nothing moves.
+    Where each axis is held whole or not at all it is the mesh itself. Else the same devices in the
+    same order, each row axis in two: AXIS outside, AXIS_held inside. A jitted program accepts
+    several meshes over one order of devices, so nothing moves.
     """
+    if all(part in (1, sizes[axis]) for axis, part in parts.items()):
+        held = tuple(axis for axis, size in sizes.items() if parts[axis] == size > 1)
+        return mesh, tuple(sizes), tuple(axis for axis in sizes if axis not in held), held
     shape, names = [], []
-    for axis in mesh.axis_names:
-        shape += cuts.get(axis, (mesh.shape[axis],))
-        names += [axis, f"{axis}_held"] if axis in cuts else [axis]
-    return Mesh(mesh.devices.reshape(shape), tuple(names), axis_types=(AxisType.Auto,) * len(names))
+    for axis, size in mesh.shape.items():
+        shape += [size // parts[axis], parts[axis]] if axis in parts else [size]
+        names += [axis, f"{axis}_held"] if axis in parts else [axis]
+    rows = tuple(name for axis in sizes for name in (axis, f"{axis}_held"))
+    types = (AxisType.Auto,) * len(names)
+    cut = Mesh(mesh.devices.reshape(shape), tuple(names), axis_types=types)
+    return cut, rows, rows[::2], rows[1::2]
 
 
 def _check_hosts(mesh: Mesh, axes: list[str], group: int) -> None:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from m2jax.config import Experiment, Guard, UserError
 from m2jax.dist.sharding import AxisRules, batch_sharding, batch_shards, replicated, use_rules
-from m2jax.losses import accumulation, fused
+from m2jax.losses import accumulation, fused, layout
 from m2jax.models import fused_attention
 from m2jax.models import params as params_lib
 from m2jax.optim import Optimizer, at_step, make_optimizer, state_shardings
@@ -58,7 +58,10 @@ def make_step(
             a kernel of the loss that its devices do not have; see ``make_gradient``.
     """
     fused_attention.check(experiment.model.attention, mesh)
-    fused.check(experiment.loss.contrastive.kernel, mesh)
+    contrastive = experiment.loss.contrastive
+    fused.check(contrastive.kernel, mesh)
+    if experiment.model.attention == "cudnn":
+        layout.check_beside_cudnn(mesh, contrastive.impl, contrastive.group or None)
     rules = rules or AxisRules()
     decay = experiment.optim.layer_decay
     optimizer = optimizer or make_optimizer(

@@ -7,7 +7,7 @@ import pytest
 from m2jax.config import Mesh, UserError
 from m2jax.dist.mesh import make_mesh
 from m2jax.losses.contrastive import contrastive_loss
-from m2jax.losses.layout import make_layout
+from m2jax.losses.layout import check_beside_cudnn, make_layout
 from tests.losses.reductions import assert_equal, dense, features, mesh_of, reduce
 
 
@@ -45,10 +45,15 @@ class Chip:
         self.id, self.process_index = index, index // per_host
 
 
+def group_size(mesh, group):
+    layout = make_layout(mesh, "grouped", group)
+    return layout.size(layout.held)
+
+
 def test_groups_are_whole_hosts_or_lie_inside_one():
     mesh = make_mesh(Mesh(data=4, fsdp=6), [Chip(i, per_host=4) for i in range(24)])
     for group in (1, 2, 12, 24):
-        assert make_layout(mesh, "grouped", group).size(("data_held", "fsdp_held")) == group
+        assert group_size(mesh, group) == group
     for group in (3, 6):
         with pytest.raises(UserError, match=f"group={group} cuts hosts in two"):
             make_layout(mesh, "grouped", group)
@@ -64,7 +69,23 @@ def test_on_a_tpu_hosts_do_not_matter_and_slices_are_the_outer_ring():
     assert make_layout(mesh, "chunked").rings == ()
     for chip in chips:
         chip.platform = "tpu"
-    assert make_layout(mesh, "grouped", 3).size(("fsdp_held",)) == 3
+    assert group_size(mesh, 3) == 3
+
+
+def test_a_layout_of_whole_axes_keeps_the_mesh_and_others_are_refused_beside_cudnn():
+    mesh = make_mesh(Mesh(data=4, fsdp=6), [Chip(i, per_host=6) for i in range(24)])
+    for impl, group in [("ring", None), ("chunked", None), ("local", None), ("grid", 6),
+                        ("grid", 24), ("grouped", 6), ("dense", None)]:  # fmt: skip
+        check_beside_cudnn(mesh, impl, group)
+        if impl != "dense":
+            assert make_layout(mesh, impl, group).mesh is mesh
+    whole = make_layout(mesh, "grid", 6)
+    assert (whole.rows, whole.held, whole.rings) == (("replica", "data", "fsdp"), ("fsdp",),
+                                                     (("data",),))  # fmt: skip
+    cut = make_layout(mesh, "grid", 12)
+    assert cut.held == ("replica_held", "data_held", "fsdp_held")
+    with pytest.raises(UserError, match=r"impl=grid: .*\(data 4 x fsdp 6\).*one of 1, 6, 24$"):
+        check_beside_cudnn(mesh, "grid", 12)
 
 
 def test_grid_holds_what_sends_least_and_stays_inside_a_slice():
