@@ -18,8 +18,8 @@ from jaxtyping import Array, Float
 from m2jax.config import UserError
 
 # What stands for -inf in cuDNN's additive masks: jax's own choice, as differences of two larger
-# numbers are wrong there. exp() of it is 0 all the same.
-LOWEST = -(2.0**41)
+# numbers are wrong there. exp() of it is 0 all the same. float16 has nothing below -65,504.
+LOWEST = {"bfloat16": -(2.0**41), "float16": -(2.0**15)}
 
 
 @jax.named_scope("attention")
@@ -69,10 +69,10 @@ def by_cudnn(
     q, k, v = (_even(x, 1) for x in (q, k, v))
     lengths, length = None, keys if length is None else length
     if bias is not None:
-        real = jnp.arange(keys) < length
-        finite = jnp.where(real, jnp.maximum(bias, LOWEST), LOWEST).astype(q.dtype)
+        real, lowest = jnp.arange(keys) < length, LOWEST[q.dtype.name]
+        finite = jnp.where(real, jnp.maximum(bias, lowest), lowest).astype(q.dtype)
         bias = jnp.broadcast_to(finite, (*bias.shape[:2], queries, keys))
-        bias = _even(_even(bias, 2), 3, LOWEST)
+        bias = _even(_even(bias, 2), 3, lowest)
     elif length < k.shape[1]:
         lengths = jnp.full(len(q), length, jnp.int32)
     try:

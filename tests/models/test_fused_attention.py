@@ -109,9 +109,10 @@ def cudnn(monkeypatch):
     return given
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize(("queries", "keys"), [(6, 12), (7, 12), (7, 7), (6, 5)])
-def test_cudnn_is_given_what_it_takes_and_the_function_stays(cudnn, queries, keys):
-    q, k, v = (numbers(SAMPLES, n, HEADS, DIM, dtype=jnp.bfloat16) for n in (queries, keys, keys))
+def test_cudnn_is_given_what_it_takes_and_the_function_stays(cudnn, queries, keys, dtype):
+    q, k, v = (numbers(SAMPLES, n, HEADS, DIM, dtype=dtype) for n in (queries, keys, keys))
     weight = numbers(SAMPLES, queries, HEADS, DIM)
     for bias in biases(queries, keys):
 
