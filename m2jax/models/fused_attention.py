@@ -3,7 +3,8 @@
 
 Both keep scores in float32 where ``layers.attention`` rounds them once to the inputs' precision, so
 in half precision the numbers differ by that rounding. What an encoder does around cuDNN's kernel,
-so that nothing is copied for its sake, is here too; benchmarks/gpu.md has what each step is worth.
+so that nothing is copied for its sake, is here too; what each step is worth by the plan is in
+benchmarks/gpu_compiled.md.
 """
 
 from __future__ import annotations
