@@ -61,3 +61,14 @@ def test_it_is_the_sum_of_both_uses_of_a_tied_table(monkeypatch):
     cfg = toy.experiment(monkeypatch)
     loss = config.Loss(caption=config.Caption(weight=1.0, layers=1))
     agree(dataclasses.replace(cfg, loss=loss), {"data": 2, "fsdp": 2, "model": 2})
+
+
+@pytest.mark.parametrize("group", [0, 4])
+def test_grid_adds_up_over_micro_batches_too(monkeypatch, group):
+    """As the configs of 256 GPUs have it, by parts of axes and by a whole one."""
+    cfg = toy.experiment(monkeypatch, accumulate=2)
+    contrast = dataclasses.replace(cfg.loss.contrastive, impl="grid", group=group)
+    grid = dataclasses.replace(cfg, loss=dataclasses.replace(cfg.loss, contrastive=contrast))
+    alone, _ = gradient(cfg, config.Mesh(), 1)
+    spread, _ = gradient(grid, config.Mesh(data=2, fsdp=4), 8)
+    np.testing.assert_allclose(spread, alone, rtol=0, atol=1e-5 * np.abs(alone).max())
