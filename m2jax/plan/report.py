@@ -41,6 +41,11 @@ def table(plans: Sequence[Plan], titles: Sequence[str]) -> str:
         f"and direction, {chip.network_rate / 1e9:.1f} GB/s of network ({chip.source})"
     )
     notes = [facts, MODEL]
+    if chip.platform == "cuda":
+        notes.append(
+            "On GPUs nothing estimates cycles: every kernel takes the roofline, which none reaches, "
+            "so seconds compare programs. Products inside cuDNN's attention are not seen."
+        )
     if chip.clock and not chip.clock_known:
         notes.append(
             f"The clock of {chip.kind} is assumed ({chip.clock / 1e9:.2f} GHz): its seconds "
