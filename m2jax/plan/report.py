@@ -43,7 +43,7 @@ def table(plans: Sequence[Plan], titles: Sequence[str]) -> str:
     notes = [facts, MODEL]
     if chip.platform == "cuda":
         notes.append(
-            "On GPUs nothing estimates cycles: every kernel takes the roofline, which none reaches, "
+            "On GPUs nothing estimates cycles: each kernel takes its roofline, which none reaches, "
             "so seconds compare programs. Products inside cuDNN's attention are not seen."
         )
     if chip.clock and not chip.clock_known:
