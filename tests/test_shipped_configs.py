@@ -11,7 +11,9 @@ import pytest
 from m2jax.cli.inspect import layout
 from m2jax.config import UserError
 from m2jax.config_files import load_config
+from m2jax.dist.mesh import make_mesh
 from m2jax.dist.sharding import BATCH_AXES
+from m2jax.losses.layout import check_beside_cudnn
 
 FOLDER = Path(__file__).parent.parent / "configs"
 MACHINES = (
@@ -45,6 +47,26 @@ def test_a_machine_takes_the_run(name: str, machine: str) -> None:
     assert mesh["fsdp"] <= 16  # never flat over a whole slice
     weights = sum(line.bytes_per_device for line in lines)
     assert 3 * weights < 31 * 2**30  # with two moments: fits every machine named
+
+
+class Gpu:
+    """A device as far as a mesh looks at it."""
+
+    platform = "gpu"
+    device_kind = ""
+
+    def __init__(self, index: int):
+        self.id, self.process_index = index, index // 8
+
+
+@pytest.mark.parametrize("machine", [name for name in MACHINES if name.startswith("h")])
+@pytest.mark.parametrize("name", ["pretrain_0p4b", "pretrain_1b", "pretrain_10b"])
+def test_on_gpus_the_loss_goes_beside_cudnns_attention(name: str, machine: str) -> None:
+    experiment = load_config(f"{FOLDER}/{name}.py:{machine}")
+    mesh = make_mesh(experiment.mesh, [Gpu(i) for i in range(int(machine.split("-")[1]))])
+    contrastive = experiment.loss.contrastive
+    assert experiment.model.attention == "cudnn"
+    check_beside_cudnn(mesh, contrastive.impl, contrastive.group or None)
 
 
 @pytest.mark.parametrize("name", ["pretrain_0p4b", "pretrain_1b", "pretrain_10b"])

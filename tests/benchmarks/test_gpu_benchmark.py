@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """benchmarks/gpu.py: it counts as the library counts, and nothing that fails is silent."""
 
+import dataclasses
 import importlib
 import json
 import subprocess
@@ -16,12 +17,13 @@ import pytest
 
 from m2jax import config
 from m2jax.dist.mesh import make_mesh
+from m2jax.dist.topology import CHIPS
 from m2jax.models import params as params_lib
 from m2jax.train import flops
 from m2jax.train import main as train_main
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-NAMES = ("clock", "parts", "device", "step", "encode", "loss", "trace", "rows")
+NAMES = ("clock", "parts", "device", "step", "encode", "loss", "trace", "rows", "compiled")
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +64,20 @@ def test_the_slice_fits_its_share_and_one_layer_more_does_not(gpu, memory):
     most = gpu.step.STATE_SHARE * memory
     assert state(layers) < 1.02 * most < 1.02 * state(layers + 1)
     assert gpu.step.model_of({"size": "10b-slice"}, False, memory).width == 4096
+
+
+def test_a_compiled_program_takes_the_longer_of_flops_and_bytes(gpu):
+    """Compiled for the CPU: the accounting is the same."""
+    a, b = jnp.ones((64, 32)), jnp.ones((32, 16))
+    program = jax.jit(lambda a, b: a @ b).lower(a, b).compile()
+    done, moved = 2.0 * 64 * 32 * 16, 4.0 * (64 * 32 + 32 * 16 + 64 * 16)
+    chip = CHIPS["h200"]
+    for rates, wanted in [((done, 1e30), 1.0), ((1e30, moved), 1.0), ((done, moved / 3), 3.0)]:
+        rated = dataclasses.replace(chip, peak_flops=rates[0], memory_rate=rates[1])
+        figures, kernels = gpu.compiled.modelled(program, rated)
+        assert (figures["done"], figures["moved"]) == (done, moved)
+        assert figures["seconds"] == pytest.approx(wanted)
+        assert sum(one.seconds for one in kernels) == pytest.approx(wanted)
 
 
 def test_a_smaller_card_takes_half_the_rows(gpu):
